@@ -1,0 +1,241 @@
+"""Removal curves and a budget in; how many units each block keeps out. Pure arithmetic, exact to one FFN channel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .errors import UsageError
+from .plan import ModelShape
+
+Key = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What allocation is asked for.
+
+    Attributes:
+        shape: sizes of the model.
+        parameters: how many parameters to remove.
+        unit: `{block: parameters of one unit}`.
+        units: `{block: number of units}`.
+        floor: `{block: units that must stay}`.
+        rest: parameters that go with the last unit of a block: its norm, and its output bias.
+    """
+
+    shape: ModelShape
+    parameters: float
+    unit: Mapping[Key, int]
+    units: Mapping[Key, int]
+    floor: Mapping[Key, int]
+    rest: Mapping[Key, int]
+
+    @property
+    def removable(self) -> dict[Key, int]:
+        """Units that may go, per block."""
+        return {key: max(0, count - self.floor[key]) for key, count in self.units.items()}
+
+    @property
+    def most(self) -> int:
+        """Parameters that can be removed at the most."""
+        return sum(self.freed(key, count) for key, count in self.removable.items())
+
+    def freed(self, key: Key, count: int) -> int:
+        """Parameters that go with `count` units of a block."""
+        return count * self.unit[key] + (self.rest[key] if count and count == self.units[key] else 0)
+
+    def floor_or_all(self, key: Key) -> int:
+        """Units that may go without the block itself going."""
+        return min(self.removable[key], self.units[key] - 1)
+
+
+def unit_parameters(shape: ModelShape) -> dict[Key, int]:
+    """Parameters of one KV group and of one FFN channel of every present block, biases included."""
+    sizes: dict[Key, int] = {}
+    for index, layer in enumerate(shape.layers):
+        if layer.kv_heads:
+            rows = (layer.n_rep + 2) * layer.head_dim
+            weights = shape.hidden_size * (2 * layer.n_rep + 2) * layer.head_dim
+            sizes[index, "attention"] = weights + (rows if shape.attention_bias else 0)
+        if layer.ffn:
+            sizes[index, "mlp"] = 3 * shape.hidden_size + (2 if shape.mlp_bias else 0)
+    return sizes
+
+
+def allocate_global(budget: Budget, costs: Mapping[Key, torch.Tensor]) -> dict[Key, int]:
+    """Spend the budget where the convex hulls of the curves cost least per parameter.
+
+    The lower convex hull makes each curve's marginal cost increasing, so that the greedy choice is optimal for the
+    hulls (Fox 1966; equal-slope condition of Shoham & Gersho 1988).
+
+    Args:
+        budget: what to remove.
+        costs: `{block: float64 (n_units,)}`, cumulative cost of removing the first k + 1 units.
+
+    Returns:
+        `{block: units removed}`, within half a channel of the budget wherever FFN channels are left to trade.
+    """
+    removable = budget.removable
+    segments: list[tuple[float, Key, int, int]] = []
+    for key, cost in costs.items():
+        points = [(0.0, 0.0)]
+        points += [(float(budget.freed(key, k + 1)), float(y)) for k, y in enumerate(cost[: removable[key]])]
+        for start, end in _hull(points):
+            slope = (points[end][1] - points[start][1]) / (points[end][0] - points[start][0])
+            segments.append((slope, key, start, end))
+    segments.sort()
+    groups: list[tuple[Key, int]] = []
+    beyond: list[tuple[Key, int]] = []
+    spent = 0
+    for _, key, start, end in segments:
+        if key[1] == "mlp":
+            spent += budget.freed(key, end) - budget.freed(key, start)
+        for count in range(start + 1, end + 1) if key[1] == "attention" else ():
+            size = budget.freed(key, count) - budget.freed(key, count - 1)
+            if spent + size > budget.parameters:
+                beyond.append((key, count))
+                break
+            groups.append((key, count))
+            spent += size
+    counts = [n for n in (len(groups), len(groups) - 1, len(groups) - 2, len(groups) + 1) if n >= 0]
+    channels = [(key, start, end) for _, key, start, end in segments if key[1] == "mlp"]
+    return _fit(budget, groups + beyond[:1], counts, channels)
+
+
+def _fit(
+    budget: Budget, groups: list[tuple[Key, int]], counts: list[int], channels: list[tuple[Key, int, int]]
+) -> dict[Key, int]:
+    """Take the first of `groups`, as many as one of `counts` says, and channels for the rest.
+
+    At the budget all marginal costs per parameter are about equal, so one or two groups are traded for channels at no
+    cost: the count that meets the budget best is taken.
+    """
+    options = []
+    for take in counts:
+        removed = dict.fromkeys(budget.units, 0)
+        for key, count in groups[:take]:
+            removed[key] = max(removed[key], count)
+        left = budget.parameters - sum(budget.freed(key, count) for key, count in removed.items())
+        for key, start, end in channels:
+            if left < budget.freed(key, end) - budget.freed(key, start):
+                most = min(end, budget.floor_or_all(key)) - start
+                end = start + max(0, min(most, round(left / budget.unit[key])))
+            left -= budget.freed(key, end) - budget.freed(key, start)
+            removed[key] = max(removed[key], end)
+            if abs(left) <= budget.unit[key] / 2:
+                break
+        options.append((abs(left), removed))
+    least = min(miss for miss, _ in options)
+    return next(removed for miss, removed in options if miss <= least + 1)
+
+
+def _hull(points: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
+    """Segments `(start, end)` of the lower convex hull of `points`, whose first coordinate increases."""
+    corners: list[int] = []
+    for i, (x, y) in enumerate(points):
+        while len(corners) >= 2:
+            (xa, ya), (xb, yb) = points[corners[-2]], points[corners[-1]]
+            if (yb - ya) * (x - xb) < (y - yb) * (xb - xa):
+                break
+            corners.pop()
+        corners.append(i)
+    return list(zip(corners[:-1], corners[1:], strict=True))
+
+
+def allocate_uniform(budget: Budget, costs: Mapping[Key, torch.Tensor]) -> dict[Key, int]:
+    """The same rate in every layer: whole KV groups at the nearest count, FFN channels for the exact rest.
+
+    Layers of equal size keep equal sizes, give or take one channel. `costs` is not read.
+    """
+    rate = budget.parameters / sum(budget.unit[key] * count for key, count in budget.units.items())
+    return _at_rates(budget, {key: rate for key in budget.units}, budget.parameters)
+
+
+def allocate_per_layer(budget: Budget, rates: Sequence[float]) -> dict[Key, int]:
+    """The user's own rates: in layer i the fraction `rates[i]` of its attention and FFN weights goes.
+
+    Raises:
+        UsageError: for a list of another length or a rate outside 0 ... 1.
+    """
+    layers = len(budget.shape.layers)
+    if len(rates) != layers:
+        raise UsageError(f"{len(rates)} rates for a model of {layers} layers: give one rate per layer")
+    for index, rate in enumerate(rates):
+        if not 0 <= rate < 1:
+            raise UsageError(f"layer {index}: rate {rate} must be at least 0 and below 1")
+    removed = dict.fromkeys(budget.units, 0)
+    for index, rate in enumerate(rates):
+        keys = [key for key in budget.units if key[0] == index]
+        layer = Budget(
+            budget.shape,
+            rate * sum(budget.unit[key] * budget.units[key] for key in keys),
+            {key: budget.unit[key] for key in keys},
+            {key: budget.units[key] for key in keys},
+            {key: budget.floor[key] for key in keys},
+            {key: budget.rest[key] for key in keys},
+        )
+        removed |= _at_rates(layer, dict.fromkeys(keys, rate), layer.parameters)
+    return removed
+
+
+def _at_rates(budget: Budget, rates: Mapping[Key, float], target: float) -> dict[Key, int]:
+    """Groups at the nearest count for each attention block's rate, then channels, spread evenly, to meet `target`.
+
+    Where channels cannot make up for the rounding (attention much larger than the FFN), every attention block takes
+    the next count, and blocks go whole only where nothing else meets the target.
+    """
+    whole, partial = budget.removable, {key: budget.floor_or_all(key) for key in budget.units}
+    shifts = sorted(range(-max(whole.values(), default=0), max(whole.values(), default=0) + 1), key=abs)
+    best: dict[Key, int] = dict.fromkeys(budget.units, 0)
+    least = math.inf
+    for limit in (partial, whole):
+        most = max((count for key, count in limit.items() if key[1] == "attention"), default=0)
+        for shift in (shift for shift in shifts if abs(shift) <= most):
+            removed = dict.fromkeys(budget.units, 0)
+            for key, count in budget.units.items():
+                if key[1] == "attention":
+                    removed[key] = max(0, min(limit[key], math.floor(count * rates[key] + 0.5) + shift))
+            left = target - sum(budget.freed(key, count) for key, count in removed.items())
+            removed |= _spread_channels(budget, rates, limit, left)
+            miss = abs(target - sum(budget.freed(key, count) for key, count in removed.items()))
+            if miss < least - 1e-6:
+                best, least = removed, miss
+            if least <= max((budget.unit[key] for key in budget.unit if key[1] == "mlp"), default=0) / 2 + 1e-6:
+                return best
+    return best
+
+
+def _spread_channels(
+    budget: Budget, rates: Mapping[Key, float], limit: Mapping[Key, int], left: float
+) -> dict[Key, int]:
+    """`{FFN block: channels removed}` that free `left` parameters, in proportion to rate times width."""
+    channels = [key for key in budget.units if key[1] == "mlp"]
+    removed = dict.fromkeys(channels, 0)
+    while channels and left > 0:
+        total = sum(rates[key] * budget.units[key] for key in channels) or 1.0
+        unit = budget.unit[channels[0]]
+        exact = {key: left / unit * rates[key] * budget.units[key] / total for key in channels}
+        capped = [key for key in channels if exact[key] > limit[key]]
+        if capped:
+            for key in capped:
+                removed[key] = limit[key]
+                left -= budget.freed(key, limit[key])
+                channels.remove(key)
+            continue
+        whole = round(left / unit)
+        for key in channels:
+            removed[key] = math.floor(exact[key])
+        short = whole - sum(removed[key] for key in channels)
+        for key in sorted(channels, key=lambda key: removed[key] - exact[key])[:short]:
+            removed[key] += 1
+        break
+    return removed
+
+
+Allocation = Callable[[Budget, Mapping[Key, torch.Tensor]], dict[Key, int]]
+ALLOCATIONS: dict[str, Allocation] = {"global": allocate_global, "uniform": allocate_uniform}
+ALLOCATION_NAMES = (*ALLOCATIONS, "per_layer")

@@ -1,0 +1,96 @@
+"""The command line: arguments in, one call per verb, an exit code out (0 done, 1 failed while working, 2 refused)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from ..errors import UsageError, WorkError, unknown
+from . import arguments, verbs
+
+_EXAMPLES = """\
+examples:
+  gqaprune run demo                                       the embedded model, the whole way, in minutes
+  gqaprune plan MODEL --backbone-ratio 0.2 -o plan.json   what would go; no weights are written
+  gqaprune prune MODEL --plan plan.json -o pruned
+  gqaprune recover pruned --data notes.txt -o recovered
+  gqaprune eval MODEL pruned recovered --data wikitext2
+
+exit codes: 0 done, 1 failed while working, 2 the request makes no sense (said before any work)
+"""
+
+AddArguments = Callable[[argparse.ArgumentParser], None]
+Run = Callable[[argparse.Namespace], None]
+
+#: verb -> (its arguments, its function, one line of help), in the order of the help
+VERBS: dict[str, tuple[AddArguments, Run, str]] = {
+    "run": (arguments.run, verbs.run, "everything a recipe says, stage by stage"),
+    "plan": (arguments.plan, verbs.plan, "decide what goes and print exact sizes; no weights are written"),
+    "prune": (arguments.prune, verbs.prune, "write the smaller checkpoint"),
+    "recover": (arguments.recover, verbs.recover, "train a pruned checkpoint under accelerate launch, and merge"),
+    "merge": (arguments.merge, verbs.merge, "merge an adapter into its pruned checkpoint"),
+    "eval": (arguments.evaluate, verbs.evaluate, "perplexity and lm-eval tasks, on identical tokens"),
+    "card": (arguments.card, verbs.card, "write the model card from plan and report"),
+    "push": (arguments.push, verbs.push, "verify a checkpoint and send it to the Hub"),
+    "recipes": (arguments.recipes, verbs.recipes, "list, show or copy the built-in recipes"),
+    "env": (arguments.env, verbs.env, "versions, for a bug report"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; an error is one line on stderr, its traceback shown by `--debug`."""
+    line = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in line
+    try:
+        _run(line)
+    except UsageError as error:
+        return _fail(error, 2, debug)
+    except WorkError as error:
+        return _fail(error, 1, debug)
+    except KeyboardInterrupt as error:
+        return _fail(error, 1, debug, "interrupted; what was finished is kept")
+    except Exception as error:
+        return _fail(error, 1, debug, f"{type(error).__name__}: {error} (--debug shows where)")
+    return 0
+
+
+def make_parser() -> arguments.Parser:
+    """The parser of all verbs; what it parses carries the verb's function as `function`."""
+    parser = arguments.Parser(
+        prog="gqaprune",
+        description="Prune Llama-family checkpoints by whole KV groups and FFN channels.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, (add_arguments, function, text) in VERBS.items():
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        add_arguments(command)
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+        command.set_defaults(function=function)
+    return parser
+
+
+def _run(line: list[str]) -> None:
+    verb = next((word for word in line if not word.startswith("-")), None)
+    if verb is not None and verb not in VERBS:
+        raise unknown("command", verb, VERBS)
+    parser = make_parser()
+    args, args.accelerate = parser.parse_known_args(line)
+    if verb is None:
+        parser.print_help()
+        return
+    if args.accelerate and verb != "recover":
+        raise UsageError(f"unrecognized arguments: {' '.join(args.accelerate)} (see `gqaprune {verb} --help`)")
+    args.function(args)
+
+
+def _fail(error: BaseException, code: int, debug: bool, message: str | None = None) -> int:
+    if debug:
+        traceback.print_exception(error)
+    print(f"gqaprune: {' '.join((message or str(error)).split())}", file=sys.stderr)
+    return code

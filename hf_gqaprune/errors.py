@@ -1,0 +1,26 @@
+"""What a user did wrong, told in one line: exceptions in, exit codes out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UsageError(ValueError):
+    """The request makes no sense. Raised before any work; the command line exits 2 with the message alone."""
+
+
+class WorkError(RuntimeError):
+    """Something failed while working. What was finished is kept and named; the command line exits 1."""
+
+
+def unknown(kind: str, value: object, allowed: Iterable[str]) -> UsageError:
+    """`UsageError` for a `value` outside `allowed`, naming the nearest match first.
+
+    >>> str(unknown("criterion", "tailor", ["taylor", "wanda"]))
+    "unknown criterion 'tailor' (did you mean 'taylor'?); allowed: taylor, wanda"
+    """
+    names = [str(name) for name in allowed]
+    near = difflib.get_close_matches(str(value), names, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return UsageError(f"unknown {kind} {value!r}{hint}; allowed: {', '.join(names)}")

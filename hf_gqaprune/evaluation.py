@@ -1,0 +1,290 @@
+"""A model and a text go in; perplexity over every token of it, and task accuracies, come out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from .errors import UsageError, WorkError
+from .text import Text, load_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: tokens in one forward pass, and logits held at once (128 MiB in float32), whatever the vocabulary
+_TOKENS_PER_BATCH = 8192
+_LOGITS = 2**25
+#: beyond about 709.8 exp overflows a float64
+_MOST_NATS = 709
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """A perplexity and all that is needed to reproduce it.
+
+    Attributes:
+        value: exp(nats / tokens).
+        nats: summed negative log likelihood.
+        tokens: scored tokens.
+        dataset, split, text_sha256: which text.
+        seq_len: tokens per window, BOS included.
+        stride: text tokens from one window to the next.
+        bos: whether every window starts with the tokenizer's BOS.
+    """
+
+    value: float
+    nats: float
+    tokens: int
+    dataset: str
+    split: str
+    seq_len: int
+    stride: int
+    bos: bool
+    text_sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return asdict(self)
+
+    def conditions(self) -> str:
+        """On what and how it was measured, in one line."""
+        start = "BOS" if self.bos else "no BOS"
+        return (
+            f"{self.dataset} ({self.split}): {self.tokens:,} tokens, seq_len {self.seq_len}, stride {self.stride}, "
+            f"{start}, sha256 {self.text_sha256[:12]}"
+        )
+
+    def __str__(self) -> str:
+        return f"perplexity {self.value:.4f} on {self.conditions()}"
+
+
+def evaluate_perplexity(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    source: str | Text,
+    *,
+    seq_len: int | None = None,
+    stride: int | None = None,
+    drop_tail: bool = False,
+    max_chars: int | None = None,
+    batch_size: int | None = None,
+) -> PerplexityResult:
+    """Perplexity of `model` on a text: exp(total nats / scored tokens).
+
+    The text is tokenized once without special tokens. A window is BOS + `seq_len - 1` text tokens; every token is
+    scored exactly once, in the first window that holds it: a stride below `seq_len - 1` gives later windows context.
+    Without a BOS token a window is `seq_len` text tokens of which the first is context only: then every token but the
+    text's first is scored.
+
+    Args:
+        model: a causal LM, any float dtype; its log-probabilities are taken in float32 and summed in float64.
+        tokenizer: its tokenizer.
+        source: a name, file or dataset as `load_text` takes it (test split), or a `Text`.
+        seq_len: tokens per window, BOS included; default min(2048, the model's positions).
+        stride: text tokens from one window to the next, at most and by default `seq_len - 1` (no overlap).
+        drop_tail: leave out a last window that is not full.
+        max_chars: only the first so many characters of the text.
+        batch_size: windows per forward pass; by default as many as hold 8,192 tokens.
+
+    Raises:
+        UsageError: for a text, `seq_len`, `stride` or `batch_size` that makes no sense, before the model is run.
+        WorkError: where the model gives a window a likelihood that is not finite; names the window.
+    """
+    limit = int(model.config.max_position_embeddings)
+    seq_len = min(2048, limit) if seq_len is None else seq_len
+    if not 2 <= seq_len <= limit:
+        raise UsageError(f"seq_len={seq_len} must be from 2 to {limit}, the model's max_position_embeddings")
+    stride = seq_len - 1 if stride is None else stride
+    if not 1 <= stride < seq_len:
+        raise UsageError(f"stride={stride} must be from 1 to {seq_len - 1} text tokens for seq_len={seq_len}")
+    batch_size = max(1, _TOKENS_PER_BATCH // seq_len) if batch_size is None else batch_size
+    if batch_size < 1:
+        raise UsageError(f"batch_size={batch_size} must be at least 1")
+    text = load_text(source, split="test") if isinstance(source, str) else source
+    if max_chars is not None:
+        if max_chars < 1:
+            raise UsageError(f"max_chars={max_chars} must be at least 1")
+        text = replace(text, content=text.content[:max_chars])
+    ids = tokenizer(text.content, add_special_tokens=False, verbose=False, return_attention_mask=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    windows = _windows(len(ids), seq_len, stride, bos is not None, drop_tail)
+    if not windows:
+        least = (seq_len if bos is None else seq_len - 1) if drop_tail else (2 if bos is None else 1)
+        raise UsageError(f"the text {text.name} has {len(ids)} tokens, at least {least} are needed to score any")
+    tokens = torch.tensor(ids, dtype=torch.long)
+    nats, scored, done = 0.0, 0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in _batches(windows, batch_size):
+            rows = torch.stack([tokens[start:end] for start, end, _ in batch])  # (windows, text tokens)
+            first = batch[0][2] - batch[0][0]
+            if bos is not None:
+                rows = torch.cat([torch.full((len(rows), 1), bos), rows], dim=1)
+                first += 1
+            losses = _score(model, rows, first)
+            bad = (~losses.isfinite()).nonzero()
+            if len(bad):
+                start, end, _ = batch[int(bad[0])]
+                raise WorkError(
+                    f"window {done + int(bad[0])} of {text.name} (tokens {start} to {end - 1}) has a likelihood that "
+                    f"is not finite: load the model in float32 or bfloat16, or check its weights"
+                )
+            nats += float(losses.sum())
+            scored += len(rows) * (rows.shape[1] - first)
+            done += len(batch)
+    finally:
+        model.train(was_training)
+    if nats / scored > _MOST_NATS:
+        raise WorkError(
+            f"{nats / scored:.0f} nats per token on {text.name} are beyond float64: check the model's weights"
+        )
+    return PerplexityResult(
+        value=math.exp(nats / scored),
+        nats=nats,
+        tokens=scored,
+        dataset=text.name,
+        split=text.split,
+        seq_len=seq_len,
+        stride=stride,
+        bos=bos is not None,
+        text_sha256=text.sha256,
+    )
+
+
+def _windows(count: int, seq_len: int, stride: int, bos: bool, drop_tail: bool) -> list[tuple[int, int, int]]:
+    """Windows over `count` text tokens as `(start, end, first token that is scored)`; each token is scored once."""
+    span = seq_len - bos
+    windows: list[tuple[int, int, int]] = []
+    start, scored = 0, 0 if bos else 1
+    while scored < count:
+        end = min(start + span, count)
+        if drop_tail and end - start < span:
+            break
+        windows.append((start, end, scored))
+        scored, start = end, start + stride
+    return windows
+
+
+def _batches(windows: list[tuple[int, int, int]], size: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Neighbours of equal shape, at most `size` at a time: nothing is padded."""
+    for _, group in groupby(windows, key=lambda window: (window[1] - window[0], window[2] - window[0])):
+        alike = list(group)
+        for i in range(0, len(alike), size):
+            yield alike[i : i + size]
+
+
+@torch.no_grad()
+def _score(model: PreTrainedModel, ids: torch.Tensor, first: int) -> torch.Tensor:
+    """Nats of the tokens from position `first` on, summed per window: `ids` (n, length) -> float64 (n,).
+
+    The head sees a few rows at a time: the logits of a batch would take many times the memory of the model.
+    """
+    decoder: Any = model.get_decoder()
+    head: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    ids = ids.to(embeddings.weight.device)
+    hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state  # (n, length, d)
+    rows = hidden[:, first - 1 : -1].flatten(0, 1)  # (n * scored, d)
+    targets = ids[:, first:].flatten()
+    size = max(1, _LOGITS // head.weight.shape[0])
+    losses = []
+    for part, target in zip(rows.split(size), targets.split(size), strict=True):
+        logits = head(part).float()
+        losses.append(F.cross_entropy(logits, target.to(logits.device), reduction="none").double().cpu())
+    return torch.cat(losses).view(len(ids), -1).sum(1)
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    include_path: str | None = None,
+    limit: int | None = None,
+) -> dict[str, dict[str, float]]:
+    """Run lm-eval tasks.
+
+    Args:
+        model, tokenizer: as loaded.
+        tasks: names of lm-eval tasks.
+        include_path: folder of task YAML files; only these are then known, and nothing is downloaded.
+        limit: examples per task.
+
+    Returns:
+        `{task: {metric: value}}`, numbers only.
+
+    Raises:
+        UsageError: lm-eval is not installed, or a task that does not exist (named).
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UsageError("tasks are run by lm-eval, which is not installed: pip install lm-eval") from error
+    manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            raise _unknown_task(task, manager.all_tasks)
+    harness = HFLM(pretrained=model, tokenizer=tokenizer)
+    found = simple_evaluate(harness, tasks=list(tasks), task_manager=manager, limit=limit)
+    return {
+        task: {
+            # lm-eval's keys are `metric,filter`; the filter is only said where there is one
+            key.removesuffix(",none"): float(value)
+            for key, value in values.items()
+            if isinstance(value, int | float)
+        }
+        for task, values in found["results"].items()
+    }
+
+
+def _unknown_task(task: str, known: Sequence[str]) -> UsageError:
+    near = get_close_matches(task, known, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    # lm-eval ships thousands of tasks: too many for one line
+    where = f"allowed: {', '.join(known)}" if len(known) <= 20 else "see `lm-eval ls tasks`"
+    return UsageError(f"unknown task {task!r}{hint}; {where}")
+
+
+def _metric_class() -> type:
+    import datasets
+    import evaluate
+
+    class Perplexity(evaluate.Metric):
+        """[`evaluate_perplexity`] as an `evaluate.Metric`: `Perplexity().compute(predictions=texts, model=..., ...)`.
+
+        `predictions` are texts; they are joined by blank lines and scored as one text, so that nothing is averaged
+        over texts of unequal length. Further arguments are those of [`evaluate_perplexity`].
+        """
+
+        def _info(self) -> Any:
+            return evaluate.MetricInfo(
+                description="exp(total nats / scored tokens) over fixed windows",
+                citation="",
+                inputs_description="predictions: texts; model and tokenizer: as loaded",
+                features=datasets.Features({"predictions": datasets.Value("string")}),
+            )
+
+        def _compute(self, predictions: list[str], **options: Any) -> dict[str, Any]:
+            model, tokenizer = options.pop("model"), options.pop("tokenizer")
+            text = Text("predictions", "given", "\n\n".join(predictions))
+            return evaluate_perplexity(model, tokenizer, text, **options).to_dict()
+
+    return Perplexity
+
+
+def __getattr__(name: str) -> Any:
+    # importing `evaluate` takes seconds, so the class is made when it is asked for
+    if name == "Perplexity":
+        globals()[name] = _metric_class()
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

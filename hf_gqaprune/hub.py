@@ -1,0 +1,371 @@
+"""A checkpoint folder in, a repository on the Hub out: what belongs to it, whether it is whole, and the push."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import yaml
+
+from .errors import UsageError, WorkError
+from .model_cards.licenses import UNKNOWN, card_metadata, license_of_text, llama_terms
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+#: besides the weights and the code that `auto_map` names, these are sent and nothing else
+_SENT = (
+    *("config.json", "generation_config.json", "prune_plan.json", "gqaprune.json", "recipe.yaml", "report.json"),
+    *("README.md", "NOTICE*", "LICENSE*", "USE_POLICY*", "*.png"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+)
+#: files of ours, and of the tokenizer, in which a local path could hide
+_CHECKED_FOR_PATHS = ("config.json", "tokenizer_config.json", "gqaprune.json", "report.json", "recipe.yaml")
+#: weights that an earlier push may have left and that `from_pretrained` would still find
+_REMOTE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*")
+#: names that `files.py` and download tools give to what is not finished
+_UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}|.+\.(incomplete|tmp|part|lock)")
+_LLAMA_NAME = re.compile(r"(?<![a-z])llama[-_.]?[234]", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What a push sends.
+
+    Attributes:
+        files: `(path in the repository, bytes)`, sorted by path.
+        left_out: names of the folder's other entries, which stay here.
+    """
+
+    files: tuple[tuple[str, int], ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+        return sum(size for _, size in self.files)
+
+    def __str__(self) -> str:
+        width = len(f"{self.size:,}")
+        lines = [f"  {size:>{width},}  {name}" for name, size in self.files]
+        lines.append(f"  {self.size:>{width},}  bytes in {len(self.files)} files")
+        return "\n".join(lines + ([f"left out: {', '.join(self.left_out)}"] if self.left_out else []))
+
+
+def bundle(folder: str | os.PathLike[str]) -> Bundle:
+    """The files of `folder` that make the checkpoint: weights, config, code, tokenizer, plan, report, card, licence.
+
+    Everything else stays here: optimizer states, training checkpoints, adapters, the base model's local path.
+
+    Raises:
+        UsageError: there is no config.
+    """
+    folder = Path(folder)
+    names = {path.relative_to(folder).as_posix() for pattern in _SENT for path in folder.glob(pattern)}
+    names |= {WEIGHTS, INDEX, *_shards(folder), *_code_files(folder)}
+    # an index may name anything; only what lies inside the folder can be part of it
+    inside = (name for name in names if ".." not in (path := PurePosixPath(name)).parts and not path.is_absolute())
+    files = sorted((name, (folder / name).stat().st_size) for name in inside if (folder / name).is_file())
+    kept = {name.partition("/")[0] for name, _ in files}
+    left_out = (f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir() if path.name not in kept)
+    return Bundle(tuple(files), tuple(sorted(left_out)))
+
+
+def verify(folder: str | os.PathLike[str]) -> list[str]:
+    """Problems that would make the checkpoint in `folder` fail, or be something else than its plan says; else `[]`.
+
+    Every tensor that the model of `config.json` has must be there in its shape, and no other: the model is built on
+    the meta device and only the headers of the weights are read.
+    """
+    folder = Path(folder)
+    try:
+        config = _read_config(folder)
+    except UsageError as error:
+        return [str(error)]
+    unfinished = sorted(path.name for path in folder.iterdir() if _UNFINISHED.fullmatch(path.name))
+    problems = [f"{name} is left from an unfinished write" for name in unfinished]
+    lost = [name for name in _auto_map(config) if not (folder / name).is_file()]
+    problems += [f"auto_map names {name}, which is missing" for name in lost]
+    stored, damaged = _stored_shapes(folder)
+    problems += damaged
+    return problems or _model_problems(folder, config, stored)
+
+
+def push(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool = False,
+    dry_run: bool = False,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """Verify the checkpoint in `folder` and send its [`bundle`] to the Hub in one commit.
+
+    Weights of an earlier push that the new checkpoint does not have are deleted in the same commit.
+
+    Args:
+        repo_id: `ORG/NAME` or `NAME`, created where it does not exist.
+        private: create it private; refused where it exists and is public.
+        dry_run: ask the Hub nothing, send nothing.
+        token: `None`: that of `hf auth login` or `HF_TOKEN`.
+        revision: branch, created where it does not exist; `None`: main.
+
+    Returns:
+        The address of the repository; with `dry_run` the list of files and bytes that would be sent.
+
+    Raises:
+        UsageError: no such folder, not a whole checkpoint, no card, a bad id, a Llama licence whose terms are not
+            met, a local path in a file that would be sent, no token or one without write access.
+        WorkError: the Hub could not be reached or failed; nothing was published.
+    """
+    folder = Path(folder)
+    _check_request(folder, repo_id)
+    sent = bundle(folder)
+    if dry_run:
+        return f"would send {folder} to {repo_id}{' (private)' if private else ''}:\n{sent}"
+
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    token = token or get_token()
+    if token is None:
+        raise UsageError("no Hub token: run `hf auth login` or set HF_TOKEN")
+    api = HfApi(token=token, library_name="hf_gqaprune")
+    try:
+        address = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if private and not api.repo_info(address.repo_id).private:
+            raise UsageError(f"{address.repo_id} exists and is public: make it private, or push without --private")
+        if revision is not None:
+            api.create_branch(address.repo_id, branch=revision, exist_ok=True)
+        names = {name for name, _ in sent.files}
+        remote = api.list_repo_files(address.repo_id, revision=revision)
+        stale = [name for name in remote if name not in names and any(fnmatch(name, p) for p in _REMOTE_WEIGHTS)]
+        api.create_commit(
+            address.repo_id,
+            [*(CommitOperationAdd(name, folder / name) for name, _ in sent.files), *map(CommitOperationDelete, stale)],
+            commit_message=commit_message or f"Upload {folder.resolve().name}",
+            revision=revision,
+        )
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise UsageError(f"the token may not write to {repo_id}: use one that may (`hf auth login`)") from error
+        raise _interrupted(folder, repo_id, private, error) from error
+    except (HTTPError, OSError) as error:
+        raise _interrupted(folder, repo_id, private, error) from error
+    except ValueError as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"the Hub refuses README.md: {error}") from error
+    return f"{address}/tree/{revision}" if revision else str(address)
+
+
+def _interrupted(folder: Path, repo_id: str, private: bool, error: Exception) -> WorkError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return WorkError(
+        f"push to {repo_id} failed ({reason}); nothing was published: run `gqaprune push {folder} {repo_id}"
+        f"{' --private' if private else ''}` again, what was uploaded is not sent twice"
+    )
+
+
+# --- before anything is sent
+
+
+def _check_request(folder: Path, repo_id: str) -> None:
+    """Raise [`UsageError`] unless `folder` may become `repo_id`."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if not folder.is_dir():
+        raise UsageError(f"no folder {folder}: give a checkpoint")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(f"{repo_id!r} is not a repository id: write ORG/NAME ({error})") from None
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} is not a checkpoint: it has no config.json")
+    _check_license(folder, repo_id)
+    if problems := verify(folder):
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UsageError(f"{folder} is not a whole checkpoint: {problems[0]}{more}")
+    for name in _CHECKED_FOR_PATHS:
+        if (folder / name).is_file():
+            read = yaml.safe_load if name.endswith(".yaml") else json.loads
+            for key, value in _strings(read((folder / name).read_text(encoding="utf-8"))):
+                if _is_local_path(value):
+                    raise UsageError(f"{folder / name} holds the local path {value!r} ({key}): remove it first")
+
+
+def _check_license(folder: Path, repo_id: str) -> None:
+    """Raise [`UsageError`] unless there is a card and the terms of a Llama licence are met."""
+    if not (folder / "README.md").is_file():
+        raise UsageError(f"{folder} has no README.md: write it with `gqaprune card {folder} --base-model ID`")
+    metadata = card_metadata(folder)
+    if metadata.get("license", UNKNOWN) == UNKNOWN:
+        metadata["license"] = license_of_text(folder) or UNKNOWN
+        bases = metadata.get("base_model") or folder.resolve().name
+        if metadata["license"] == UNKNOWN and _LLAMA_NAME.search(str(bases)):
+            raise UsageError(f"the licence of {bases} is not known: say it with `gqaprune card --license`")
+    terms = llama_terms(metadata)
+    if terms is None:
+        return
+    name = repo_id.rpartition("/")[2]
+    lacking = [] if re.match(terms.name_pattern, name) else [f"the name {name!r} must {terms.name_rule}"]
+    missing = [f for f in ("LICENSE", "USE_POLICY", "NOTICE") if not any(p.is_file() for p in folder.glob(f"{f}*"))]
+    if missing:
+        lacking.append(f"{folder} needs {', '.join(missing)} (from the base model; `gqaprune card` writes NOTICE)")
+    if lacking:
+        raise UsageError(f"{terms.title}: {'; '.join(lacking)}")
+
+
+def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """`(dotted key, text)` of every text in nested mappings and lists."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _strings(item, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item, key)
+
+
+def _is_local_path(text: str) -> bool:
+    if text.startswith("~/") or PureWindowsPath(text).is_absolute():
+        return "\n" not in text
+    # one component, such as "/b", may as well be a token
+    return text.startswith("/") and len(PurePosixPath(text).parts) > 2 and "\n" not in text
+
+
+# --- what lies in the folder
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError("no config.json") from None
+    except ValueError as error:
+        raise UsageError(f"config.json is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UsageError("config.json holds no JSON object")
+    return config
+
+
+def _shards(folder: Path) -> dict[str, list[str]]:
+    """Shard file -> names of the tensors that the index puts there; empty without an index."""
+    if not (folder / INDEX).is_file():
+        return {}
+    try:
+        weight_map = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError):
+        return {}
+    shards: dict[str, list[str]] = {}
+    for tensor, file in weight_map.items():
+        shards.setdefault(str(file), []).append(tensor)
+    return shards
+
+
+def _stored_shapes(folder: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Shape of every stored tensor, from the headers, and what is wrong with the files."""
+    from safetensors import SafetensorError, safe_open
+
+    single, shards = (folder / WEIGHTS).is_file(), _shards(folder)
+    if single and (folder / INDEX).exists():
+        return {}, [f"both {WEIGHTS} and {INDEX} are there: one is left from another checkpoint"]
+    if not single and not shards:
+        if (folder / INDEX).exists():
+            return {}, [f"{INDEX} holds no weight_map"]
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+            return {}, ["the weights are pickles: save them as safetensors"]
+        return {}, [f"no weights: neither {WEIGHTS} nor {INDEX}"]
+    shapes: dict[str, tuple[int, ...]] = {}
+    problems: list[str] = []
+    for file, tensors in sorted((shards or {WEIGHTS: []}).items()):
+        if not (folder / file).is_file():
+            problems.append(f"{INDEX} names {file}, which is missing")
+            continue
+        try:
+            with safe_open(folder / file, framework="pt") as header:
+                found = {name: tuple(header.get_slice(name).get_shape()) for name in header.keys()}
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{file} is damaged: {error}")
+            continue
+        lost = sorted(set(tensors) - found.keys())
+        problems += [f"{INDEX} puts {name} in {file}, which does not hold it" for name in lost]
+        shapes |= found
+    return shapes, problems
+
+
+def _auto_map(config: Mapping[str, Any]) -> list[str]:
+    """Code files in the folder that `auto_map` names (classes in other repositories have `--` in their name)."""
+    references = (config.get("auto_map") or {}).values()
+    return sorted({f"{reference.partition('.')[0]}.py" for reference in references if "--" not in reference})
+
+
+def _code_files(folder: Path) -> set[str]:
+    """The code that `auto_map` names, and what it imports from the folder."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    files = {folder / name for name in _auto_map(_read_config(folder))}
+    files |= {Path(path) for file in sorted(files) if file.is_file() for path in get_relative_import_files(file)}
+    return {path.relative_to(folder).as_posix() for path in files}
+
+
+def _model_problems(folder: Path, config_data: Mapping[str, Any], stored: dict[str, tuple[int, ...]]) -> list[str]:
+    """How the stored tensors differ from the model of the config, and the config from the plan."""
+    import torch
+    import transformers
+
+    import hf_gqaprune  # noqa: F401  registers the architecture
+
+    from .model_cards.card import head
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            auto_class = getattr(transformers, head(config_data)[1])
+            model = auto_class.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever a config makes transformers raise is a problem of this config
+        return [f"config.json does not make a model: {' '.join(str(error).split())}"]
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    absent = expected.keys() - stored.keys() - model.all_tied_weights_keys.keys()
+    problems = [f"the weights lack {name}" for name in sorted(absent)]
+    problems += [f"the weights hold {name}, unknown to the model" for name in sorted(stored.keys() - expected.keys())]
+    problems += [
+        f"{name} is {stored[name]}, the model of config.json has {expected[name]}"
+        for name in sorted(stored.keys() & expected.keys())
+        if stored[name] != expected[name]
+    ]
+    return problems + _plan_problems(folder, config)
+
+
+def _plan_problems(folder: Path, config: Any) -> list[str]:
+    """Where the sizes of the config are not those that the plan leaves."""
+    from .plan import LayerShape, PruningPlan, layer_shapes
+
+    if not (folder / "prune_plan.json").is_file():
+        return ["no prune_plan.json"] if config.model_type == "pruned_llama" else []
+    try:
+        planned = PruningPlan.load(folder / "prune_plan.json").target.layers
+    except UsageError as error:
+        return [str(error)]
+    actual = layer_shapes(config)
+    if len(planned) != len(actual):
+        return [f"prune_plan.json has {len(planned)} layers, config.json has {len(actual)}"]
+
+    def sizes(shape: LayerShape) -> str:
+        return f"{shape.query_heads} query heads, {shape.kv_heads} KV heads and FFN {shape.ffn}"
+
+    return [
+        f"layer {index}: prune_plan.json leaves {sizes(want)}; config.json has {sizes(have)}"
+        for index, (want, have) in enumerate(zip(planned, actual, strict=True))
+        if want != have
+    ]

@@ -1,0 +1,338 @@
+"""A recipe goes in; a folder with every stage's result comes out: plan, pruned, recovered, report, card.
+
+Each stage writes one file or folder under its final name only when it is complete, so that a run can be resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import identity
+from .errors import UsageError, WorkError, unknown
+from .files import new_folder, refuse_existing, write_json, write_text
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .calibration import Calibration
+    from .plan import PruningPlan
+    from .statistics import Statistics
+
+PLAN, PRUNED, RECOVERED, REPORT, PLOT, STATE = (
+    "plan.json", "pruned", "recovered", "report.json", "report.png", "run.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PruneRequest:
+    """What `plan` and `prune` are asked for; see `make_plan`, `prune` and `Calibration.from_text` for the fields."""
+
+    model: str
+    ratio: float | None = None
+    backbone_ratio: float | None = None
+    criterion: str | None = None
+    allocation: str = "global"
+    compensation: str = "least_squares"
+    calibration: tuple[str, ...] = ()
+    samples: int = 128
+    seq_len: int | None = None
+    seed: int = 0
+    statistics: str | None = None
+    save_statistics: str | None = None
+    plan: str | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request whose every part was found to make sense, before any weight was read."""
+
+    request: PruneRequest
+    folder: Path
+    criterion: str
+    plan: PruningPlan | None
+    statistics: Statistics | None
+    calibration: Calibration | None
+
+
+def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
+    """Check a request against the config, names and texts that it names; no weight is read.
+
+    Args:
+        request: what is asked for.
+        planning_only: no weights will be written, so that nothing has to be re-fitted.
+
+    Raises:
+        UsageError: for whatever makes no sense.
+    """
+    from .calibration import Calibration
+    from .importance import CRITERIA, DEFAULT
+    from .plan import ModelShape, PruningPlan
+    from .planner import check_budget
+    from .statistics import Statistics
+    from .surgery import COMPENSATIONS
+    from .trainer.models import load_config, load_tokenizer, local_folder
+
+    statistics = Statistics.load(request.statistics) if request.statistics else None
+    criterion = request.criterion or (statistics.criterion if statistics else DEFAULT)
+    if criterion not in CRITERIA:
+        raise unknown("criterion", criterion, CRITERIA)
+    if request.compensation not in COMPENSATIONS:
+        raise unknown("compensation", request.compensation, COMPENSATIONS)
+    folder = local_folder(request.model)
+    config = load_config(folder)
+    shape = ModelShape.from_config(config)
+    plan = None
+    if request.plan is not None:
+        plan = PruningPlan.load(request.plan)
+        plan.check_model(config)
+    else:
+        check_budget(shape, request.ratio, request.backbone_ratio, request.allocation)
+    if statistics is not None and statistics.source != shape:
+        raise UsageError(f"the statistics in {request.statistics} were collected on a model of other sizes")
+    refit = request.compensation != "none" and not planning_only
+    measured = CRITERIA[criterion].calibrated and plan is None
+    calibration = None
+    if statistics is None and (measured or refit):
+        limit = int(config.max_position_embeddings)
+        seq_len = min(2048, limit) if request.seq_len is None else request.seq_len
+        if seq_len > limit:
+            raise UsageError(f"seq_len={seq_len} is longer than the {limit} positions of {request.model}")
+        tokenizer = load_tokenizer(folder)
+        sources = request.calibration or ("wikitext2",)
+        calibration = Calibration.from_text(
+            tokenizer, sources, samples=request.samples, seq_len=seq_len, seed=request.seed
+        )
+    return Prepared(request, folder, criterion, plan, statistics, calibration)
+
+
+def decide(prepared: Prepared, model: PreTrainedModel) -> tuple[PruningPlan, Statistics]:
+    """Measure what has not been measured yet, and choose the plan that has not been given."""
+    from .planner import make_plan
+    from .statistics import collect_statistics
+
+    request = prepared.request
+    statistics = prepared.statistics
+    if statistics is None:
+        # a saved plan needs no curves: only what re-fitting reads is measured
+        criterion = prepared.criterion if prepared.plan is None else "magnitude"
+        statistics = collect_statistics(
+            model, prepared.calibration, criterion=criterion, moments=prepared.calibration is not None, seed=request.seed
+        )
+        if request.save_statistics:
+            statistics.save(request.save_statistics)
+    plan = prepared.plan or make_plan(
+        statistics, ratio=request.ratio, backbone_ratio=request.backbone_ratio, allocation=request.allocation
+    )
+    return plan, statistics
+
+
+def plan_model(request: PruneRequest) -> PruningPlan:
+    """The dry run: decide, write no weights. `random` reads the config alone."""
+    from .planner import load_for_planning
+
+    prepared = prepare(request, planning_only=True)
+    return decide(prepared, load_for_planning(prepared.folder, prepared.criterion))[0]
+
+
+def prune_model(request: PruneRequest, output: str | Path, *, overwrite: bool = False) -> PruningPlan:
+    """Decide, prune, and write the checkpoint with tokenizer, generation config, plan and licence files."""
+    from .surgery import prune
+    from .trainer.merge import write_checkpoint
+    from .trainer.models import load_model
+
+    refuse_existing(output, overwrite)
+    prepared = prepare(request)
+    model = load_model(prepared.folder)
+    plan, statistics = decide(prepared, model)
+    pruned = prune(model, plan, statistics, compensation=request.compensation, inplace=True)
+    base = identity.fingerprint(prepared.folder)
+    with new_folder(output, overwrite) as scratch:
+        write_checkpoint(pruned, prepared.folder, scratch)
+        identity.write(
+            scratch, fingerprint=identity.fingerprint(scratch), plan_hash=plan.hash(), base_fingerprint=base
+        )
+    return plan
+
+
+def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> str:
+    """Everything a recipe says, stage by stage; finished stages are kept by `resume`.
+
+    Returns:
+        What a person wants to see at the end: the table, the files that `push` would send, the line that loads them.
+
+    Raises:
+        UsageError: before any work, for a recipe that makes no sense or an output that exists.
+        WorkError: a stage failed; finished ones stay in the output folder.
+    """
+    folder = Path(recipe.output)
+    _open(folder, resume, overwrite)
+    request = _request(recipe)
+    prepared = prepare(request)
+    _check_texts(recipe, prepared)
+    folder.mkdir(parents=True, exist_ok=True)
+    stages = _Stages(folder)
+    write_text(folder / "recipe.yaml", recipe.without_paths().to_yaml())
+    base = {"model": recipe.model, "seed": recipe.seed, "calibration": recipe.calibration, "prune": recipe.prune}
+    stages.do(PRUNED, base, lambda: _prune(request, folder))
+    final = PRUNED
+    if recipe.recover is not None:
+        base["recover"] = recipe.recover
+        stages.do(RECOVERED, base, lambda: _recover(recipe, folder))
+        final = RECOVERED
+    base["evaluate"] = recipe.evaluate
+    stages.do(REPORT, base, lambda: _report(recipe, folder, prepared, final))
+    return _publish(recipe, folder, final)
+
+
+class _Stages:
+    """Which stages are done, and from which part of the recipe: `run.json`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / STATE
+        self.done: dict[str, str] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def do(self, name: str, inputs: dict[str, Any], work: Callable[[], Any]) -> None:
+        """Run `work`, which writes `name`, unless it is there and was made from the same `inputs`."""
+        digest = hashlib.sha256(repr(sorted(inputs.items(), key=lambda item: item[0])).encode()).hexdigest()
+        if self.done.get(name) == digest and (self.folder / name).exists():
+            print(f"{name}: kept", flush=True)
+            return
+        print(f"{name}: working", flush=True)
+        work()
+        self.done[name] = digest
+        write_json(self.path, self.done)
+
+
+def _open(folder: Path, resume: bool, overwrite: bool) -> None:
+    if not folder.exists() or resume:
+        return
+    refuse_existing(folder, overwrite)
+    if any(folder.iterdir()) and not (folder / "recipe.yaml").exists():
+        raise UsageError(f"{folder} is not the output of a run: choose another output")
+    shutil.rmtree(folder)
+
+
+def _request(recipe: Recipe) -> PruneRequest:
+    prune = recipe.prune
+    return PruneRequest(
+        model=recipe.model,
+        ratio=prune.ratio,
+        backbone_ratio=prune.backbone_ratio,
+        criterion=prune.criterion,
+        allocation=prune.allocation,
+        compensation=prune.compensation,
+        calibration=recipe.calibration.data,
+        samples=recipe.calibration.samples,
+        seq_len=recipe.calibration.seq_len,
+        seed=recipe.seed,
+    )
+
+
+def _check_texts(recipe: Recipe, prepared: Prepared) -> None:
+    """Load what will be evaluated on, and refuse what calibration has seen."""
+    from .report import refuse_overlap
+    from .text import load_text
+
+    texts = [load_text(name, split="test") for name in recipe.evaluate.data]
+    used = prepared.calibration.record() if prepared.calibration else []
+    refuse_overlap(used, [{"name": t.name, "split": t.split, "sha256": t.sha256} for t in texts])
+
+
+def _prune(request: PruneRequest, folder: Path) -> None:
+    plan = prune_model(request, folder / PRUNED, overwrite=True)
+    plan.save(folder / PLAN)
+    print(plan, flush=True)
+
+
+def _recover(recipe: Recipe, folder: Path) -> None:
+    from .trainer.recover import launch
+
+    recover = recipe.recover
+    if recover is None:
+        raise WorkError("the recipe has no recovery")
+    unfinished = (folder / f"{RECOVERED}.training").exists()
+    launch(
+        folder / PRUNED,
+        recover.data,
+        folder / RECOVERED,
+        preset=recover.preset,
+        max_tokens=recover.max_tokens,
+        seq_len=recover.seq_len,
+        seed=recipe.seed,
+        overwrite=True,
+        resume=unfinished,
+        teacher=recipe.model if recover.distill else None,
+        evaluation=recipe.evaluate.data,
+    )
+
+
+def _report(recipe: Recipe, folder: Path, prepared: Prepared, final: str) -> None:
+    from .evaluation import evaluate_perplexity, evaluate_tasks
+    from .plan import PruningPlan
+    from .report import Report, Stage, count_parameters, versions
+    from .trainer.models import load_model, load_tokenizer
+
+    evaluate = recipe.evaluate
+    places = {"dense": prepared.folder, "pruned": folder / PRUNED}
+    trainable = None
+    if final == RECOVERED:
+        places["recovered"] = folder / RECOVERED
+        log = json.loads((folder / RECOVERED / "training_log.json").read_text(encoding="utf-8"))
+        trainable = log["trainable"]
+    stages = []
+    for name, place in places.items():
+        model, tokenizer = load_model(place), load_tokenizer(place)
+        perplexity = {}
+        for source in evaluate.data:
+            result = evaluate_perplexity(
+                model,
+                tokenizer,
+                source,
+                seq_len=evaluate.seq_len,
+                stride=evaluate.stride,
+                drop_tail=evaluate.drop_tail,
+                max_chars=evaluate.max_chars,
+            )
+            perplexity[result.dataset] = result
+        tasks = evaluate_tasks(model, tokenizer, list(evaluate.tasks)) if evaluate.tasks else None
+        stages.append(
+            Stage(name, count_parameters(model), trainable if name == RECOVERED else None, perplexity, tasks)
+        )
+    plan = PruningPlan.load(folder / PLAN)
+    calibration = tuple(prepared.calibration.record()) if prepared.calibration else ()
+    name = recipe.without_paths().model
+    report = Report(name, tuple(stages), plan.summary(), versions(), recipe.seed, calibration)
+    report.plot(folder / PLOT)
+    report.save(folder / REPORT)
+
+
+def _publish(recipe: Recipe, folder: Path, final: str) -> str:
+    """Complete the folder that `push` would send, and say what there is to say."""
+    from . import hub
+    from .model_cards.card import create_model_card
+    from .report import Report
+
+    for name in (REPORT, PLOT, "recipe.yaml"):
+        shutil.copyfile(folder / name, folder / final / name)
+    name = recipe.card.name or f"{Path(recipe.without_paths().model).name}-pruned"
+    create_model_card(
+        folder / final, base_model=recipe.model, license=recipe.card.license, name=name, overwrite=True
+    )
+    problems = hub.verify(folder / final)
+    if problems:
+        raise WorkError(f"{folder / final} is not a checkpoint that can be pushed: {'; '.join(problems)}")
+    listing = str(hub.bundle(folder / final))
+    load = (
+        f"import hf_gqaprune; from transformers import AutoModelForCausalLM; "
+        f'model = AutoModelForCausalLM.from_pretrained("{folder / final}")'
+    )
+    table = Report.load(folder / REPORT).table()
+    return f"\n`gqaprune push {folder / final} ORG/NAME` would send:\n{listing}\n\n{table}\n\n{load}"

@@ -1,0 +1,188 @@
+"""A dense and a pruned model and calibration windows go in; the pruned linears, re-fitted layer by layer, come out.
+
+Both models are walked together, one decoder layer at a time. Every linear of the pruned model is re-fitted on the
+inputs that it really gets, those of the already pruned and re-fitted prefix, so that errors do not accumulate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .calibration import Calibration, split_batches
+
+#: ridges that are tried, relative to the mean diagonal; the one with the least held-out error is taken
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+_BLOCKS = {
+    "attention": ("self_attn", "input_layernorm", ("q_proj", "k_proj", "v_proj"), "o_proj"),
+    "mlp": ("mlp", "post_attention_layernorm", ("gate_proj", "up_proj"), "down_proj"),
+}
+
+
+@dataclass
+class NormalEquations:
+    """Sums of a least-squares problem min ||T - W X||^2, float64.
+
+    Attributes:
+        gram: sum of x x^T, `(k, k)`.
+        cross: sum of t x^T, `(d, k)`.
+        energy: sum of t . t.
+    """
+
+    gram: torch.Tensor
+    cross: torch.Tensor
+    energy: float = 0.0
+
+    @staticmethod
+    def zeros(outputs: int, inputs: int) -> NormalEquations:
+        """Nothing summed yet."""
+        return NormalEquations(
+            torch.zeros(inputs, inputs, dtype=torch.float64), torch.zeros(outputs, inputs, dtype=torch.float64)
+        )
+
+    def add(self, x: torch.Tensor, t: torch.Tensor) -> None:
+        """Add rows of x `(tokens, k)` and t `(tokens, d)`; products in float32, sums in float64."""
+        x, t = x.flatten(0, -2).float(), t.flatten(0, -2).float()
+        self.gram += (x.T @ x).double().cpu()
+        self.cross += (t.T @ x).double().cpu()
+        self.energy += float(t.square().sum(dtype=torch.float64))
+
+    def solve(self, prior: torch.Tensor, ridge: float) -> torch.Tensor:
+        """argmin_W ||T - W X||^2 + r ||W - prior||^2 with r = ridge * mean(diag(gram)): float64 `(d, k)`."""
+        scale = float(self.gram.diagonal().mean())
+        r = ridge * scale if scale > 0 else 1.0
+        gram = self.gram.clone()
+        gram.diagonal().add_(r)
+        return torch.cholesky_solve((self.cross + r * prior).T, torch.linalg.cholesky(gram)).T
+
+    def error(self, weight: torch.Tensor) -> float:
+        """||T - W X||^2 from the sums alone."""
+        return float(((weight @ self.gram) * weight).sum() - 2 * (weight * self.cross).sum()) + self.energy
+
+    def __add__(self, other: NormalEquations) -> NormalEquations:
+        return NormalEquations(self.gram + other.gram, self.cross + other.cross, self.energy + other.energy)
+
+
+def refit_on_pruned_prefix(model: Any, pruned: Any, calibration: Calibration) -> None:
+    """Re-fit every linear of the decoder layers of `pruned`, in place, so that it follows `model`.
+
+    In each block the input projections are fitted to the dense projections' outputs, then the output projection to the
+    dense residual stream after the block, both as ridge regression towards the weights that are there: the accumulated
+    error of the prefix is part of the target (error accumulation as in Tyr-the-Pruner, arXiv:2503.09657, and SparseLLM).
+    Blocks before the first difference are left untouched, bit for bit.
+
+    Args:
+        model: the dense causal LM.
+        pruned: the pruned causal LM; its weights change.
+        calibration: windows; one in eight is held out to choose the ridges and then fitted too.
+    """
+    from tqdm.auto import tqdm
+
+    walk = _Walk(model, pruned, calibration)
+    differs = False
+    dense_layers, pruned_layers = model.get_decoder().layers, pruned.get_decoder().layers
+    for dense_layer, layer in tqdm(
+        list(zip(dense_layers, pruned_layers, strict=True)), desc="re-fitting", unit="layer", disable=None, leave=False
+    ):
+        for kind in _BLOCKS:
+            differs = walk.block(kind, dense_layer, layer, differs)
+
+
+class _Walk:
+    """The residual streams of both models, one tensor per batch, advanced block by block."""
+
+    @torch.no_grad()
+    def __init__(self, model: Any, pruned: Any, calibration: Calibration) -> None:
+        from transformers.masking_utils import create_causal_mask
+
+        device = model.get_input_embeddings().weight.device
+        held, fitted = calibration.held_out, calibration.fitted
+        batches = [(ids, False) for ids in split_batches(fitted)]
+        batches += [(ids, True) for ids in split_batches(held)] if len(held) else []
+        self.held_out = [flag for _, flag in batches]
+        self.dense = [model.get_input_embeddings()(ids.to(device)) for ids, _ in batches]
+        self.pruned = list(self.dense)
+        positions = torch.arange(calibration.ids.shape[1], device=device)[None]
+        self.rope = model.get_decoder().rotary_emb(self.dense[0], positions)
+        self.masks: Callable[[Any, torch.Tensor], Any] = lambda config, hidden: create_causal_mask(
+            config=config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
+        )
+        self.configs = (model.config, pruned.config)
+
+    @torch.no_grad()
+    def block(self, kind: str, dense_layer: Any, layer: Any, differs: bool) -> bool:
+        """Re-fit one block if the streams or the sizes differ, advance both streams; return whether they now differ."""
+        name, norm, inputs, output = _BLOCKS[kind]
+        if getattr(dense_layer, name) is None:
+            return differs
+        dense_block, dense_norm = getattr(dense_layer, name), getattr(dense_layer, norm)
+        targets = [self._run(kind, dense_block, dense_norm(h), 0) + h for h in self.dense]
+        block = getattr(layer, name)
+        if block is None:
+            self.dense = targets
+            return True
+        new_norm = getattr(layer, norm)
+        changed = getattr(block, output).weight.shape != getattr(dense_block, output).weight.shape
+        if differs:
+            self._fit_inputs(dense_block, dense_norm, block, new_norm, inputs)
+        if differs or changed:
+            self._fit_output(kind, getattr(block, output), block, new_norm, targets)
+        if differs or changed:
+            self.pruned = [self._run(kind, block, new_norm(h), 1) + h for h in self.pruned]
+        else:
+            self.pruned = list(targets)
+        self.dense = targets
+        return differs or changed
+
+    def _run(self, kind: str, block: nn.Module, hidden: torch.Tensor, which: int) -> torch.Tensor:
+        if kind == "mlp":
+            return block(hidden)
+        mask = self.masks(self.configs[which], hidden)
+        return block(hidden_states=hidden, position_embeddings=self.rope, attention_mask=mask)[0]
+
+    def _fit_inputs(
+        self, dense_block: Any, dense_norm: nn.Module, block: Any, norm: nn.Module, names: Sequence[str]
+    ) -> None:
+        """Fit the input projections: the pruned rows of each should give, on the pruned stream, what they gave before."""
+        width = block.get_submodule(names[0]).in_features
+        sums = [NormalEquations.zeros(width, width) for _ in range(2)]
+        for dense, pruned, held in zip(self.dense, self.pruned, self.held_out, strict=True):
+            sums[held].add(norm(pruned), dense_norm(dense))
+        for name in names:
+            linear = block.get_submodule(name)
+            prior = linear.weight.double().cpu()
+            # T = W a for the dense inputs a, so its sums follow from those of a
+            fit, held = (NormalEquations(s.gram, prior @ s.cross, 0.0) for s in sums)
+            _assign(linear, _best(fit, held, prior))
+
+    def _fit_output(
+        self, kind: str, linear: nn.Linear, block: nn.Module, norm: nn.Module, targets: list[torch.Tensor]
+    ) -> None:
+        """Fit the output projection to the dense residual stream after the block."""
+        sums = [NormalEquations.zeros(linear.out_features, linear.in_features) for _ in range(2)]
+        bias = 0 if linear.bias is None else linear.bias
+        taken: list[torch.Tensor] = []
+        hook = linear.register_forward_pre_hook(lambda _module, args: taken.append(args[0]))
+        try:
+            for target, pruned, held in zip(targets, self.pruned, self.held_out, strict=True):
+                self._run(kind, block, norm(pruned), 1)
+                sums[held].add(taken.pop(), target - pruned - bias)
+        finally:
+            hook.remove()
+        _assign(linear, _best(sums[0], sums[1], linear.weight.double().cpu()))
+
+
+def _best(fit: NormalEquations, held: NormalEquations, prior: torch.Tensor) -> torch.Tensor:
+    """Choose the ridge on the held-out sums, then solve with all of them."""
+    if not bool(held.gram.any()):
+        return fit.solve(prior, RIDGES[len(RIDGES) // 2])
+    errors = [held.error(fit.solve(prior, ridge)) for ridge in RIDGES]
+    return (fit + held).solve(prior, RIDGES[errors.index(min(errors))])
+
+
+def _assign(linear: nn.Linear, weight: torch.Tensor) -> None:
+    linear.weight.data.copy_(weight)

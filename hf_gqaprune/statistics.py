@@ -1,0 +1,381 @@
+"""One calibration pass over a model in; per-block statistics out, as a folder with one file per block.
+
+Curves are always kept; moments, which compensation needs, can be left out of the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .calibration import Calibration
+from .errors import UsageError, WorkError, unknown
+from .files import new_folder, write_json
+from .importance import CRITERIA, Block, Curve
+from .plan import LayerShape, ModelShape
+from .torch_pruning import OUTPUT_PROJECTION, UnitSlices, trace_units
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+VERSION = 1
+KINDS = ("attention", "mlp")
+#: ridge of the optimal-brain-surgeon solve, relative to the mean diagonal of H (Frantar & Alistarh 2022)
+RIDGE = 0.01
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments at the output projection of one block (`o_proj` or `down_proj`), averaged over tokens.
+
+    Attributes:
+        tokens: how many tokens were averaged.
+        inputs: H, float32 `(n, n)`, mean of x x^T over the projection's inputs.
+        input_mean: float32 `(n,)`, mean of x.
+        gradients: G, float32 `(d, d)`, mean of g g^T over the loss gradient at its outputs; None if not measured.
+    """
+
+    tokens: int
+    inputs: torch.Tensor
+    input_mean: torch.Tensor
+    gradients: torch.Tensor | None = None
+
+    def ridged(self, ridge: float = RIDGE) -> torch.Tensor:
+        """H + ridge * mean(diag H) * I in float64; columns that were never active get a unit diagonal."""
+        h = self.inputs.double()
+        scale = float(h.diagonal().mean())
+        h.diagonal().add_(ridge * scale if scale > 0 else 1.0)
+        return h
+
+
+@dataclass(frozen=True)
+class BlockStatistics:
+    """What was measured of one block."""
+
+    layer: int
+    kind: str
+    curve: Curve
+    moments: Moments | None = None
+
+
+@dataclass
+class Statistics:
+    """Everything one calibration pass measured.
+
+    Attributes:
+        source: sizes of the measured model.
+        criterion: name of the criterion that made the curves.
+        blocks: `{(layer, kind): BlockStatistics}` for every block that is present.
+        calibration: the windows, `None` where the criterion needed none.
+        seed: for criteria that draw.
+    """
+
+    source: ModelShape
+    criterion: str
+    blocks: dict[tuple[int, str], BlockStatistics] = field(repr=False)
+    calibration: Calibration | None = field(default=None, repr=False)
+    seed: int = 0
+
+    def save(self, folder: str | os.PathLike[str], *, moments: bool = True, overwrite: bool = False) -> None:
+        """Write `statistics.json` and one safetensors file per block; symmetric moments are stored as triangles."""
+        from safetensors.torch import save_file
+
+        with new_folder(folder, overwrite) as scratch:
+            for (layer, kind), block in self.blocks.items():
+                save_file(_pack(block, moments), scratch / _file(layer, kind))
+            if self.calibration is not None:
+                save_file({"ids": self.calibration.ids.contiguous()}, scratch / "calibration.safetensors")
+            source = asdict(self.source)
+            write_json(
+                scratch / "statistics.json",
+                {
+                    "version": VERSION,
+                    "criterion": self.criterion,
+                    "seed": self.seed,
+                    "source": source,
+                    "calibration": self.calibration and {
+                        "seed": self.calibration.seed, "sources": self.calibration.record()
+                    },
+                    "blocks": [list(key) for key in self.blocks],
+                },
+            )
+
+    @staticmethod
+    def load(folder: str | os.PathLike[str]) -> Statistics:
+        """Read a saved folder; raises [`UsageError`] naming what is missing."""
+        from safetensors.torch import load_file
+
+        from .calibration import Source
+
+        root = Path(folder)
+        try:
+            head = json.loads((root / "statistics.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise UsageError(f"{root} holds no readable statistics.json: {error}") from error
+        if head.get("version") != VERSION:
+            raise UsageError(f"{root}: statistics of version {head.get('version')!r}, this release reads {VERSION}")
+        blocks = {}
+        for layer, kind in head["blocks"]:
+            path = root / _file(layer, kind)
+            if not path.exists():
+                raise UsageError(f"statistics are incomplete: {path} is missing")
+            blocks[layer, kind] = _unpack(layer, kind, load_file(path))
+        calibration = None
+        if head["calibration"] is not None:
+            ids = load_file(root / "calibration.safetensors")["ids"]
+            sources = tuple(Source(**source) for source in head["calibration"]["sources"])
+            calibration = Calibration(ids, sources, head["calibration"]["seed"])
+        source = dict(head["source"])
+        source["layers"] = tuple(LayerShape(**layer) for layer in source["layers"])
+        return Statistics(ModelShape(**source), head["criterion"], blocks, calibration, head["seed"])
+
+
+def collect_statistics(
+    model: PreTrainedModel,
+    calibration: Calibration | None = None,
+    *,
+    criterion: str = "curvature",
+    moments: bool = True,
+    seed: int = 0,
+) -> Statistics:
+    """Measure every block of `model` on `calibration` in one pass and turn it into removal curves.
+
+    The model is left as it was: no copy is made, no weight changes, `requires_grad` flags and mode are restored.
+
+    Args:
+        model: a Llama or pruned Llama causal LM, any float dtype; moments are kept in float32.
+        calibration: the windows; may be None for criteria that need none when `moments` is false.
+        criterion: a key of `importance.CRITERIA`.
+        moments: also keep the second moments of the output projections' inputs, which `least_squares` needs.
+        seed: for the criterion `random`.
+
+    Raises:
+        UsageError: unknown criterion, a model of another architecture, calibration missing.
+        WorkError: a weight, activation or gradient that is not finite, named.
+    """
+    if criterion not in CRITERIA:
+        raise unknown("criterion", criterion, CRITERIA)
+    rule = CRITERIA[criterion]
+    source = ModelShape.from_config(model.config)
+    if calibration is None and rule.calibrated:
+        raise UsageError(f"criterion {criterion} needs calibration text: pass --calibration NAME_OR_FILE")
+    slices = trace_units(model.config, source.layers)
+    layers: Any = model.get_decoder().layers
+    _check_weights(layers)
+    taps: dict[tuple[int, str], _Tap] = {}
+    with ExitStack() as stack:
+        stack.enter_context(_frozen(model))
+        for index, shape in enumerate(source.layers):
+            for kind in KINDS:
+                if kind not in shape.skip:
+                    taps[index, kind] = _Tap(index, kind, layers[index], slices[index])
+        if calibration is not None and (rule.calibrated or moments):
+            for tap in taps.values():
+                tap.attach(stack, rule.moments or moments, rule.output_gradients, rule.weight_gradients)
+            backward = rule.output_gradients or rule.weight_gradients
+            _run(model, calibration, backward)
+    blocks = {}
+    for key, tap in taps.items():
+        block = tap.block(seed)
+        curve = rule.curve(block)
+        if not bool(torch.isfinite(curve.cost).all()):
+            raise WorkError(f"layer {key[0]} {key[1]}: criterion {criterion} gives costs that are not finite")
+        blocks[key] = BlockStatistics(*key, curve, block.moments if moments else None)
+        tap.release()
+    return Statistics(source, criterion, blocks, calibration, seed)
+
+
+class _Tap:
+    """Sums what one block shows while calibration batches pass through it."""
+
+    def __init__(self, layer: int, kind: str, module: nn.Module, slices: UnitSlices) -> None:
+        self.layer, self.kind = layer, kind
+        names = (*slices.kv, *slices.query) if kind == "attention" else tuple(slices.ffn)
+        self.linears: dict[str, nn.Linear] = {name: module.get_submodule(name) for name in names}  # type: ignore[misc]
+        self.units = block_units(kind, slices)
+        self.tokens = 0
+        self.inputs: torch.Tensor | None = None
+        self.input_sum: torch.Tensor | None = None
+        self.gradients: torch.Tensor | None = None
+        self.weight_gradients: dict[str, torch.Tensor] = {}
+
+    def attach(self, stack: ExitStack, moments: bool, output_gradients: bool, weight_gradients: bool) -> None:
+        output = self.linears[OUTPUT_PROJECTION[self.kind]]
+        if moments:
+            stack.callback(output.register_forward_pre_hook(self._take_input).remove)
+        if output_gradients:
+            stack.callback(output.register_forward_hook(self._watch_output).remove)
+        if weight_gradients:
+            for name, linear in self.linears.items():
+                stack.enter_context(_trainable(linear.weight))
+                self.weight_gradients[name] = torch.zeros_like(linear.weight, dtype=torch.float32)
+                hook = linear.weight.register_post_accumulate_grad_hook(self._take_weight_gradient(name))
+                stack.callback(hook.remove)
+
+    def block(self, seed: int) -> Block:
+        moments = None
+        if self.inputs is not None and self.input_sum is not None:
+            gradients = self.gradients
+            moments = Moments(
+                self.tokens,
+                (self.inputs / self.tokens).cpu(),
+                (self.input_sum / self.tokens).cpu(),
+                None if gradients is None else (gradients / self.tokens).cpu(),
+            )
+            _check_moments(self.layer, self.kind, moments)
+        weights = {name: linear.weight.detach() for name, linear in self.linears.items()}
+        return Block(self.layer, self.kind, weights, self.units, moments, self.weight_gradients, seed)
+
+    def release(self) -> None:
+        self.inputs = self.gradients = None
+        self.weight_gradients = {}
+
+    def _take_input(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0].detach().flatten(0, -2).float()  # (tokens, n)
+        if self.inputs is None:
+            self.inputs = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            self.input_sum = torch.zeros(x.shape[1], device=x.device)
+        self.inputs.addmm_(x.T, x)
+        self.input_sum += x.sum(0)  # type: ignore[operator]
+        self.tokens += len(x)
+
+    def _watch_output(self, _module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+        output.register_hook(self._take_gradient)
+
+    def _take_gradient(self, gradient: torch.Tensor) -> None:
+        g = gradient.flatten(0, -2).float()  # (tokens, d)
+        if self.gradients is None:
+            self.gradients = torch.zeros(g.shape[1], g.shape[1], device=g.device)
+        self.gradients.addmm_(g.T, g)
+
+    def _take_weight_gradient(self, name: str) -> Any:
+        def take(parameter: torch.Tensor) -> None:
+            if parameter.grad is not None:
+                self.weight_gradients[name] += parameter.grad.float()
+                parameter.grad = None
+
+        return take
+
+
+def block_units(kind: str, slices: UnitSlices) -> Mapping[str, tuple[int, torch.Tensor]]:
+    """`{projection: (dim, index (n_units, width))}` of a block: per KV group, or per FFN channel."""
+    if kind == "mlp":
+        return {name: (_dim(name), index) for name, index in slices.ffn.items()}
+    groups = len(next(iter(slices.kv.values())))
+    units = {name: (0, index) for name, index in slices.kv.items()}
+    for name, index in slices.query.items():
+        units[name] = (_dim(name), index.reshape(groups, -1))
+    return units
+
+
+def _dim(name: str) -> int:
+    return 1 if name in OUTPUT_PROJECTION.values() else 0
+
+
+def _run(model: PreTrainedModel, calibration: Calibration, backward: bool) -> None:
+    """Send every batch through the model, and the summed next-token loss back where gradients are wanted."""
+    from tqdm.auto import tqdm
+
+    device = next(model.parameters()).device
+    batches = list(calibration.batches())
+    with torch.set_grad_enabled(backward):
+        for batch in tqdm(batches, desc="calibration", unit="batch", disable=None, leave=False):
+            ids = batch.to(device)
+            # gradients start at the embeddings' output, so that no weight needs one
+            embeds = model.get_input_embeddings()(ids).detach().requires_grad_(backward)
+            logits = model(inputs_embeds=embeds, use_cache=False).logits
+            if not backward:
+                continue
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+            if not bool(torch.isfinite(loss)):
+                raise WorkError(f"the loss on calibration text is {float(loss)}: the model's activations overflow")
+            loss.backward()
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode and no parameter with a gradient; both restored."""
+    was_training = model.training
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _trainable(parameter: torch.Tensor) -> Iterator[None]:
+    flag, gradient = parameter.requires_grad, parameter.grad
+    parameter.requires_grad_(True)
+    parameter.grad = None
+    try:
+        yield
+    finally:
+        parameter.requires_grad_(flag)
+        parameter.grad = gradient
+
+
+def _check_weights(layers: Any) -> None:
+    for index, layer in enumerate(layers):
+        for name, parameter in layer.named_parameters():
+            if parameter.device.type != "meta" and not bool(torch.isfinite(parameter).all()):
+                raise WorkError(f"layer {index}: {name} holds values that are not finite; repair the checkpoint first")
+
+
+def _check_moments(layer: int, kind: str, moments: Moments) -> None:
+    for name, value in (("inputs", moments.inputs), ("output gradients", moments.gradients)):
+        if value is not None and not bool(torch.isfinite(value).all()):
+            raise WorkError(f"layer {layer} {kind}: {name} of {OUTPUT_PROJECTION[kind]} are not finite")
+
+
+def _file(layer: int, kind: str) -> str:
+    return f"layer-{layer:03d}.{kind}.safetensors"
+
+
+def _pack(block: BlockStatistics, with_moments: bool) -> dict[str, torch.Tensor]:
+    tensors = {"order": block.curve.order, "cost": block.curve.cost}
+    if with_moments and block.moments is not None:
+        m = block.moments
+        tensors |= {"tokens": torch.tensor(m.tokens), "inputs": _triangle(m.inputs), "input_mean": m.input_mean}
+        if m.gradients is not None:
+            tensors["gradients"] = _triangle(m.gradients)
+    return tensors
+
+
+def _unpack(layer: int, kind: str, tensors: dict[str, torch.Tensor]) -> BlockStatistics:
+    curve = Curve(tensors["order"], tensors["cost"])
+    if "inputs" not in tensors:
+        return BlockStatistics(layer, kind, curve)
+    gradients = _square(tensors["gradients"]) if "gradients" in tensors else None
+    moments = Moments(int(tensors["tokens"]), _square(tensors["inputs"]), tensors["input_mean"], gradients)
+    return BlockStatistics(layer, kind, curve, moments)
+
+
+def _triangle(matrix: torch.Tensor) -> torch.Tensor:
+    """Lower triangle of a symmetric `(n, n)`, flat `(n (n + 1) / 2,)`."""
+    rows, columns = torch.tril_indices(*matrix.shape)
+    return matrix[rows, columns].contiguous()
+
+
+def _square(triangle: torch.Tensor) -> torch.Tensor:
+    """Inverse of `_triangle`."""
+    n = int(((8 * len(triangle) + 1) ** 0.5 - 1) / 2)
+    matrix = torch.empty(n, n, dtype=triangle.dtype)
+    rows, columns = torch.tril_indices(n, n)
+    matrix[rows, columns] = triangle
+    matrix[columns, rows] = triangle
+    return matrix

@@ -1,0 +1,216 @@
+"""A model and a plan go in; the smaller model comes out, its output projections re-fitted in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import UsageError, unknown
+from .plan import LayerPlan, PruningPlan
+from .reconstruction import refit_on_pruned_prefix
+from .statistics import Moments, Statistics
+from .torch_pruning import OUTPUT_PROJECTION, UnitSlices, trace_units
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .configuration_pruned_llama import PrunedLlamaConfig
+    from .modeling_pruned_llama import PrunedLlamaForCausalLM
+
+COMPENSATIONS = ("least_squares", "none")
+_NORMS = {"attention": "input_layernorm.weight", "mlp": "post_attention_layernorm.weight"}
+
+
+def prune(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    statistics: Statistics | None = None,
+    *,
+    compensation: str = "least_squares",
+    inplace: bool = False,
+) -> PrunedLlamaForCausalLM:
+    """Apply `plan` to `model`.
+
+    Args:
+        model: the Llama or pruned Llama causal LM that the plan was made for; any float dtype, which is kept.
+        plan: which units stay.
+        statistics: second moments; needed by `least_squares`.
+        compensation: `least_squares` re-fits `o_proj` and `down_proj` of every changed block on the dense moments, then
+            every linear from there on, layer by layer, on the inputs that the pruned prefix gives it (see
+            `reconstruction`); `none` only slices.
+        inplace: take what stays whole from `model` instead of copying it, and free the rest; `model` is unusable
+            afterwards. Otherwise `model` stays untouched and shares no memory with the result.
+
+    Returns:
+        The pruned model in eval mode, on the devices of `model`, with `prune_plan` set (composed with the plan that
+        `model` itself was pruned by, if any).
+
+    Raises:
+        UsageError: a plan for a model of other sizes; statistics that are missing, without moments or of another model.
+    """
+    plan.check_model(model.config)
+    check_compensation(compensation, plan, statistics)
+    slices = trace_units(model.config, plan.source.layers)
+    inner: Any = model.get_decoder()
+    state = _outer_state(model, inplace)
+    for index, kept in enumerate(plan.layers):
+        layer = inner.layers[index]
+        moments = _moments(statistics, index) if compensation == "least_squares" else {}
+        new = prune_layer(dict(layer.state_dict()), kept, slices[index], moments, clone=not inplace)
+        state |= {f"model.layers.{index}.{name}": tensor for name, tensor in new.items()}
+    pruned = _assemble(model, plan, state)
+    if compensation == "least_squares" and statistics is not None and statistics.calibration is not None:
+        refit_on_pruned_prefix(model, pruned, statistics.calibration)
+    if inplace:
+        model.to("meta")
+    return pruned
+
+
+def prune_layer(
+    state: Mapping[str, torch.Tensor],
+    kept: LayerPlan,
+    slices: UnitSlices,
+    moments: Mapping[str, Moments],
+    *,
+    clone: bool = True,
+) -> dict[str, torch.Tensor]:
+    """Weights of one pruned layer.
+
+    Args:
+        state: `{"self_attn.q_proj.weight": tensor, ...}` of the dense layer.
+        kept: units that stay.
+        slices: index sets of the layer.
+        moments: `{kind: Moments}` of the blocks to re-fit.
+        clone: copy also what stays whole, so that nothing is shared with `state`.
+
+    Returns:
+        The same names without those of absent blocks; dtype and device as given.
+    """
+    present = {"attention": bool(kept.kv_groups), "mlp": bool(kept.ffn_channels)}
+    refit = {
+        OUTPUT_PROJECTION[kind]: value
+        for kind, value in moments.items()
+        if present[kind] and _changed(kept, slices, kind)
+    }
+    result = {}
+    for name, (dim, index) in slices.kept(kept.kv_groups, kept.query_heads, kept.ffn_channels).items():
+        if not len(index):
+            continue
+        weight = state[f"{name}.weight"]
+        if name in refit:
+            weight = refit_columns(weight, refit[name], index)
+        elif len(index) < weight.shape[dim]:
+            weight = weight.index_select(dim, index.to(weight.device))
+        elif clone:
+            weight = weight.clone()
+        result[f"{name}.weight"] = weight
+        if f"{name}.bias" in state:
+            bias = state[f"{name}.bias"]
+            result[f"{name}.bias"] = bias.index_select(0, index.to(bias.device)) if dim == 0 else bias.clone()
+    for kind, name in _NORMS.items():
+        if present[kind]:
+            result[name] = state[name].clone() if clone else state[name]
+    return result
+
+
+def refit_columns(weight: torch.Tensor, moments: Moments, columns: torch.Tensor) -> torch.Tensor:
+    """The `columns` of `weight` that reproduce its output best on the calibration inputs.
+
+    Minimises tr((W - W') (H + ridge I) (W - W')^T) over W' that are zero outside `columns`, whose solution is
+    W'_S = W (H + ridge I)_:S (H_SS + ridge I)^-1 (ridge regression towards W_S).
+
+    Args:
+        weight: `(d, n)`, any float dtype; the solve runs in float64.
+        moments: of the projection's inputs.
+        columns: int64 `(k,)`, sorted.
+
+    Returns:
+        `(d, k)` in the dtype and on the device of `weight`.
+    """
+    h = moments.ridged()
+    target = weight.detach().double().cpu() @ h[:, columns]  # (d, k)
+    factor = torch.linalg.cholesky(h[columns][:, columns])
+    solved = torch.cholesky_solve(target.T, factor).T
+    return solved.to(device=weight.device, dtype=weight.dtype).contiguous()
+
+
+def check_compensation(compensation: str, plan: PruningPlan, statistics: Statistics | None) -> None:
+    """Raise [`UsageError`] unless `statistics` hold what `compensation` needs for `plan`."""
+    if compensation not in COMPENSATIONS:
+        raise unknown("compensation", compensation, COMPENSATIONS)
+    if compensation == "none":
+        return
+    if statistics is None:
+        raise UsageError(f"compensation {compensation} needs statistics with moments: pass them, or compensation='none'")
+    if statistics.source != plan.source:
+        raise UsageError("the statistics were collected on a model of other sizes than the plan's")
+    if any(block.moments is None for block in statistics.blocks.values()):
+        raise UsageError(f"compensation {compensation} needs moments, and these statistics were made without calibration")
+
+
+def pruned_config(config: Any, plan: PruningPlan) -> PrunedLlamaConfig:
+    """`config` with the layer sizes of `plan`: global values stay, layers that differ go to `per_layer_config`."""
+    from .configuration_pruned_llama import PrunedLlamaConfig
+
+    values = config.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "per_layer_config", "layer_types", "transformers_version"):
+        values.pop(key, None)
+    layers = {}
+    for index, shape in enumerate(plan.target.layers):
+        sizes: dict[str, Any] = {}
+        if shape.kv_heads:
+            sizes |= {"num_attention_heads": shape.query_heads, "num_key_value_heads": shape.kv_heads}
+        if shape.ffn:
+            sizes["intermediate_size"] = shape.ffn
+        if shape.skip:
+            sizes["skip"] = shape.skip
+        layers[index] = sizes
+    values |= {"attention_bias": plan.attention_bias, "mlp_bias": plan.mlp_bias}
+    return PrunedLlamaConfig(**values, per_layer_config=layers)
+
+
+def _changed(kept: LayerPlan, slices: UnitSlices, kind: str) -> bool:
+    if kind == "mlp":
+        return len(kept.ffn_channels) < len(slices.ffn["mlp.down_proj"])
+    return len(kept.query_heads) < len(slices.group_of_query)
+
+
+def _moments(statistics: Statistics | None, layer: int) -> dict[str, Moments]:
+    found = {}
+    for kind in OUTPUT_PROJECTION:
+        block = statistics.blocks.get((layer, kind)) if statistics else None
+        if block is not None and block.moments is not None:
+            found[kind] = block.moments
+    return found
+
+
+def _outer_state(model: PreTrainedModel, inplace: bool) -> dict[str, torch.Tensor]:
+    """Embeddings, final norm and head; a tied head is left out."""
+    tied = model.config.tie_word_embeddings
+    names = ["model.embed_tokens.weight", "model.norm.weight", *([] if tied else ["lm_head.weight"])]
+    return {n: model.get_parameter(n).detach() if inplace else model.get_parameter(n).detach().clone() for n in names}
+
+
+def _assemble(model: PreTrainedModel, plan: PruningPlan, state: dict[str, torch.Tensor]) -> PrunedLlamaForCausalLM:
+    from accelerate import init_empty_weights
+
+    from .modeling_pruned_llama import PrunedLlamaForCausalLM
+
+    attention = model.config._attn_implementation
+    config = pruned_config(model.config, plan)
+    with init_empty_weights(include_buffers=False):
+        pruned = PrunedLlamaForCausalLM(config)
+    pruned.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)
+    pruned.tie_weights()
+    pruned.set_attn_implementation(attention)
+    device = state["model.embed_tokens.weight"].device
+    pruned.model.rotary_emb.to(device)
+    pruned.generation_config = model.generation_config
+    for parameter in pruned.parameters():
+        parameter.requires_grad_(True)
+    previous = getattr(model, "prune_plan", None)
+    whole = PruningPlan.from_dict(previous).compose(plan) if previous else plan
+    pruned.prune_plan = whole.to_dict()
+    return pruned.eval()

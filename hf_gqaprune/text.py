@@ -1,0 +1,132 @@
+"""Names, files and datasets go in; one string each comes out, with what is needed to say which text it was."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError, unknown
+
+#: repository and configuration of `wikitext2`
+WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+#: `ptb`: the Hub's own conversion, because `datasets` no longer runs the script that this repository consists of
+PTB = "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/penn_treebank/{split}/0000.parquet"
+SPLITS = ("train", "test")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+#: what ends like this is meant as a file, never as a dataset id
+_FILE_ENDINGS = (".txt", ".md", ".text", ".json", ".jsonl", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text.
+
+    Attributes:
+        name: short name of the dataset, or file name without its ending.
+        split: `train`, `test`, or `file` for a plain file, which is its own split.
+        content: the text itself.
+    """
+
+    name: str
+    split: str
+    content: str
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the content (UTF-8), as hex."""
+        return hashlib.sha256(self.content.encode("utf-8")).hexdigest()
+
+
+def load_text(source: str, *, split: str, max_chars: int | None = None) -> Text:
+    """Load a text.
+
+    Args:
+        source: one of
+            - `wikitext2` (`Salesforce/wikitext`, `wikitext-2-raw-v1`): its lines joined by a blank line, as GPTQ and
+              the transformers documentation do,
+            - `ptb` (Penn Treebank, word level): its sentences, one a line,
+            - `demo`: stories that come with the package,
+            - a plain text file (UTF-8),
+            - a dataset id or local dataset folder as `ORG/NAME[:CONFIG]`: its column `text`, joined by a blank line.
+        split: `train` (calibration, recovery) or `test` (evaluation); a plain file is its own split, `file`.
+        max_chars: keep only the first so many characters.
+
+    Raises:
+        UsageError: for a name that is neither known nor a file, a text that is empty, a dataset without a column
+            `text` or without that split, or one that cannot be reached.
+    """
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    if max_chars is not None and max_chars < 1:
+        raise UsageError(f"max_chars={max_chars} must be at least 1")
+    folder, _, config = source.partition(":")
+    if source in NAMED:
+        text = Text(source, split, NAMED[source](split))
+    elif Path(source).is_file():
+        text = Text(Path(source).stem, "file", _read(Path(source)))
+    elif (folder and Path(folder).is_dir()) or (_HUB_ID.fullmatch(folder) and not source.endswith(_FILE_ENDINGS)):
+        rows = _column(folder, "text", split, source, name=config or None)
+        text = Text(Path(folder).resolve().name, split, "\n\n".join(rows))
+    elif "/" in source or source.endswith(_FILE_ENDINGS):
+        raise UsageError(f"no such file or folder: {source}")
+    else:
+        raise unknown("text", source, [*NAMED, "a text file", "a dataset ORG/NAME[:CONFIG]"])
+    if max_chars is not None:
+        text = replace(text, content=text.content[:max_chars])
+    if not text.content.strip():
+        raise UsageError(f"the text {source} is empty")
+    return text
+
+
+def _wikitext2(split: str) -> str:
+    path, config = WIKITEXT2
+    return "\n\n".join(_column(path, "text", split, "wikitext2", name=config))
+
+
+def _ptb(split: str) -> str:
+    files = {split: PTB.format(split=split)}
+    return "\n".join(_column("parquet", "sentence", split, "ptb", data_files=files))
+
+
+def _demo(split: str) -> str:
+    from . import demo
+
+    return demo.text(split)
+
+
+#: texts known by name; `split` in, text out
+NAMED: dict[str, Callable[[str], str]] = {"wikitext2": _wikitext2, "ptb": _ptb, "demo": _demo}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _column(path: str, column: str, split: str, source: str, **options: Any) -> list[str]:
+    """One text column of a dataset; what goes wrong is told as what the user can do about it."""
+    import datasets
+    from httpx2 import HTTPError
+
+    try:
+        rows = datasets.load_dataset(path, split=split, **options)
+    except (OSError, ValueError, HTTPError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(
+            f"cannot load split {split!r} of {source}: {reason}; a text file can be given instead"
+        ) from error
+    if column not in rows.column_names:
+        raise UsageError(f"dataset {source} has no column {column!r}; it has: {', '.join(rows.column_names)}")
+    texts = rows[column]
+    if not all(isinstance(text, str) for text in texts):
+        raise UsageError(f"column {column!r} of dataset {source} does not hold text: {rows.features[column]}")
+    return list(texts)

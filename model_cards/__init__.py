@@ -1,0 +1,1 @@
+"""Model cards written from a plan and a report."""

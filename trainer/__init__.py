@@ -1,0 +1,1 @@
+"""Recovery after pruning: what `accelerate launch` starts."""

@@ -1,0 +1,117 @@
+"""An adapter and its base go in; one checkpoint with the adapter's weights folded in comes out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import identity
+from ..errors import UsageError
+from ..files import new_folder, refuse_existing, write_json
+from .models import load_config, load_model, local_folder, stored_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: beside an adapter: where its base lies on this machine; never published
+BASE_FILE = "local_base.json"
+ADAPTER_CONFIG = "adapter_config.json"
+#: what a checkpoint has besides config and weights, as far as it has it
+_CARRIED = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+    *("generation_config.json", "prune_plan.json", "recipe.yaml", "LICENSE*", "USE_POLICY*", "NOTICE*"),
+)
+
+
+def merge(adapter: str | Path, output: str | Path, *, base: str | Path | None = None, overwrite: bool = False) -> Path:
+    """Fold a LoRA adapter into the checkpoint it was trained on.
+
+    The sum is computed in float32 and stored in the dtype of the base, whose tokenizer, generation config, plan,
+    recipe and licence files come along.
+
+    Args:
+        adapter: folder written by `recover`.
+        output: folder of the new checkpoint.
+        base: folder or Hub id of the base, where it is no longer where the adapter was trained.
+        overwrite: replace `output`.
+
+    Returns:
+        `output`.
+
+    Raises:
+        UsageError: no adapter there, no base, a base with other weights than the adapter was trained on, or an
+            `output` that exists.
+    """
+    target = refuse_existing(output, overwrite)
+    adapter = Path(adapter)
+    folder = base_of(adapter, base)
+    with new_folder(target, overwrite) as scratch:
+        write_checkpoint(merged(adapter, folder), folder, scratch)
+    return target
+
+
+def base_of(adapter: Path, base: str | Path | None = None) -> Path:
+    """Folder of the checkpoint that `adapter` was trained on. Raises [`UsageError`] as `merge`."""
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        raise UsageError(f"no adapter in {adapter}: give a folder with {ADAPTER_CONFIG}")
+    known = identity.read(adapter)
+    if known is None:
+        raise UsageError(f"{adapter} has no {identity.FILE}, which says what weights it was trained on")
+    if base is None:
+        base = _recorded_base(adapter)
+    folder = local_folder(base)
+    found = identity.fingerprint(folder)
+    if found != known.get("base_fingerprint"):
+        raise UsageError(
+            f"{adapter} was trained on weights {known.get('base_fingerprint')}, {folder} holds {found}: "
+            "name the checkpoint it was trained on"
+        )
+    return folder
+
+
+def merged(adapter: Path, folder: Path) -> PreTrainedModel:
+    """The model in `folder` with the weights of `adapter` added in float32, cast to the dtype `folder` has on disk."""
+    from peft import PeftModel
+
+    dtype = stored_dtype(load_config(folder))
+    base = load_model(folder, torch.float32)
+    model = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
+    return model.to(dtype)
+
+
+def write_adapter_identity(adapter: Path, base: str | Path, folder: Path, base_fingerprint: str) -> None:
+    """Write beside an adapter what weights it was trained on (`folder`), and where they are found (`base`)."""
+    plan = (identity.read(folder) or {}).get("plan_hash")
+    identity.write(adapter, base_fingerprint=base_fingerprint, plan_hash=plan)
+    write_json(adapter / BASE_FILE, {"base": str(folder.resolve()) if Path(base).exists() else str(base)})
+
+
+def write_checkpoint(model: PreTrainedModel, base: Path, output: Path) -> None:
+    """Save `model` to `output` with everything of `base` that is not weights, and its own `gqaprune.json`."""
+    model.save_pretrained(output)
+    for pattern in _CARRIED:
+        for path in base.glob(pattern):
+            target = output / path.relative_to(base)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    known = identity.read(base) or {}
+    identity.write(output, **{**_unversioned(known), "fingerprint": identity.fingerprint(output)})
+
+
+def _unversioned(known: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in known.items() if name != "version"}
+
+
+def _recorded_base(adapter: Path) -> str:
+    path = adapter / BASE_FILE
+    if not path.is_file():
+        raise UsageError(f"{adapter} does not say where its base is: name it with --base")
+    base = json.loads(path.read_text(encoding="utf-8"))["base"]
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise UsageError(f"the base of {adapter} is no longer in {base}: name it with --base")
+    return base

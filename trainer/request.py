@@ -1,0 +1,160 @@
+"""What one recovery was asked to do: checked before any work, written for `accelerate launch`, compared on resume."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import UsageError, unknown
+from ..files import refuse_existing
+from .models import load_config, local_folder, quantization
+from .presets import PRESET_DATA, Settings, resolve
+
+#: in the folder of an unfinished training
+REQUEST_FILE = "recover.yaml"
+#: default of `seq_len` where the model has longer positions
+_SEQ_LEN = 2048
+#: fields that may differ between an interrupted run and the one that resumes it
+_FREE = ("overwrite", "resume")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One recovery.
+
+    Attributes:
+        model: folder or Hub id of the checkpoint to train.
+        data: training sources.
+        output: folder of the recovered checkpoint.
+        settings: how to train; `seq_len` is set.
+        seed: of data order and adapter weights.
+        teacher: folder or Hub id of the dense model, None without distillation.
+        evaluation: texts that will be evaluated on; refused as training data.
+        overwrite: replace `output` and an unfinished training.
+        resume: go on from the last whole checkpoint.
+    """
+
+    model: str
+    data: tuple[str, ...]
+    output: str
+    settings: Settings
+    seed: int = 0
+    teacher: str | None = None
+    evaluation: tuple[str, ...] = ()
+    overwrite: bool = False
+    resume: bool = False
+
+    @property
+    def work(self) -> Path:
+        """Folder of the training while it is unfinished, beside `output`."""
+        output = Path(self.output)
+        return output.with_name(f"{output.name}.training")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Arguments of `make_request` that make an equal request, JSON-ready."""
+        values = asdict(self)
+        settings = values.pop("settings")
+        return _plain({**values, **settings})
+
+
+def make_request(
+    model: str | Path,
+    data: Sequence[str],
+    output: str | Path,
+    *,
+    preset: str = "default",
+    seed: int = 0,
+    overwrite: bool = False,
+    resume: bool = False,
+    teacher: str | Path | None = None,
+    evaluation: Sequence[str] = (),
+    **changes: Any,
+) -> Request:
+    """Check everything that can be checked without reading the training text. Raises [`UsageError`] as `recover`."""
+    settings = _resolved(preset, changes, teacher is not None)
+    sources = tuple([data] if isinstance(data, str) else data) or PRESET_DATA.get(preset, ())
+    if not sources:
+        raise UsageError("no training text was named: pass --data NAME_OR_FILE")
+    folder = local_folder(model)
+    config = load_config(folder)
+    limit = getattr(config, "max_position_embeddings", None)
+    seq_len = settings.seq_len or min(_SEQ_LEN, limit or _SEQ_LEN)
+    if limit is not None and seq_len > limit:
+        raise UsageError(f"seq_len={seq_len} is longer than the {limit} positions of {folder}: lower --seq-len")
+    if teacher is not None:
+        vocabulary = load_config(local_folder(teacher)).vocab_size
+        if vocabulary != config.vocab_size:
+            raise UsageError(
+                f"the teacher {teacher} has a vocabulary of {vocabulary}, {folder} one of {config.vocab_size}: "
+                "give the dense model it was pruned from"
+            )
+    quantization(settings)
+    return Request(
+        model=str(model),
+        data=sources,
+        output=str(output),
+        settings=replace(settings, seq_len=seq_len),
+        seed=seed,
+        teacher=None if teacher is None else str(teacher),
+        evaluation=tuple(evaluation),
+        overwrite=overwrite,
+        resume=resume,
+    )
+
+
+def request_from_yaml(text: str) -> Request:
+    """The request whose arguments for `make_request` are in `text`. Raises [`UsageError`] for what is not one."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"the recovery's configuration is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UsageError("the recovery's configuration must be a mapping, with model, data and output")
+    names = [name for name in inspect.signature(make_request).parameters if name != "changes"]
+    names += Settings.__dataclass_fields__
+    for name in data:
+        if name not in names:
+            raise unknown("key in the recovery's configuration:", name, names)
+    for name in ("model", "output"):
+        if name not in data:
+            raise UsageError(f"the recovery's configuration does not name {name}")
+    return make_request(**{"data": (), **data})
+
+
+def check_output(request: Request) -> None:
+    """Refuse what would overwrite a result, or go on with an unfinished training of another kind."""
+    refuse_existing(request.output, request.overwrite)
+    record = request.work / REQUEST_FILE
+    if not record.is_file() or (request.overwrite and not request.resume):
+        return
+    if not request.resume:
+        raise UsageError(f"{request.work} holds an unfinished training: pass --resume, or --overwrite to start anew")
+    before, now = yaml.safe_load(record.read_text(encoding="utf-8")), request.to_dict()
+    differing = [name for name in now if name not in _FREE and before.get(name) != now[name]]
+    if differing:
+        raise UsageError(
+            f"{request.work} was started with other values of {', '.join(differing)}: repeat them, or start anew with "
+            "--overwrite and without --resume"
+        )
+
+
+def _resolved(preset: str, changes: Mapping[str, Any], has_teacher: bool) -> Settings:
+    settings = resolve(preset, changes)
+    if has_teacher:
+        if not (settings.distillation or settings.blockwise_tokens):
+            raise UsageError(f"preset {preset} has no use for a teacher: set distillation, or leave --teacher out")
+        return settings
+    if changes.get("distillation") or changes.get("blockwise_tokens"):
+        raise UsageError("distillation and block-wise reconstruction need the dense model: pass --teacher")
+    return replace(settings, distillation=0.0, blockwise_tokens=0)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

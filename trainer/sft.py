@@ -1,0 +1,131 @@
+"""trl's `SFTTrainer` with a teacher, a stop at the first loss that is not finite, and checkpoints that are whole."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from trl import SFTTrainer
+
+from ..errors import WorkError
+from . import checkpoints
+from .distill import MODEL_INPUTS, Teacher, losses, scored
+
+
+class RecoveryTrainer(SFTTrainer):
+    """`SFTTrainer` for rows of `data.load_data`.
+
+    Args:
+        teacher: what the student is pulled towards; None: cross-entropy alone.
+        weight: of the divergence; cross-entropy has `1 - weight`.
+        finish: writes what else belongs to a checkpoint, on the main process; the manifest follows.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: Teacher | None,
+        weight: float,
+        finish: Callable[[Path], None],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.finish = finish
+        self.teacher = teacher
+        self.weight = weight
+        self._parts: dict[str, float] = defaultdict(float)
+        # evaluation sums nats and tokens, since its batches need not hold equally many
+        self._held_out = torch.zeros(2, dtype=torch.float64)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not model.training:
+            return self._held_out_loss(model, inputs)
+        if self.teacher is None:
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        else:
+            loss = self._distilled(model, inputs, self.teacher, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise WorkError(self._not_finite(float(loss), inputs))
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self._held_out.zero_()
+        return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "eval_loss" in logs:
+            nats, tokens = self._held_out.tolist()
+            mean = nats / tokens
+            logs["eval_loss"], logs["eval_perplexity"] = mean, math.exp(min(mean, 700.0))
+        elif self._parts["steps"]:
+            logs |= {name: self._parts[name] / self._parts["steps"] for name in ("cross_entropy", "divergence")}
+            self._parts.clear()
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: a checkpoint of an unfinished training is not published."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            # the manifest names the files of all processes
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                self.finish(folder)
+                checkpoints.seal(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            kept = checkpoints.latest(folder.parent)
+            raise WorkError(
+                f"{folder} could not be written ({error})" + (f"; {kept} is kept: go on with --resume" if kept else "")
+            ) from error
+
+    def _distilled(self, model: Any, inputs: dict[str, Any], teacher: Teacher, num_items: Any) -> torch.Tensor:
+        labels = inputs["labels"]
+        mask = scored(labels)
+        targets = teacher.targets(inputs, mask)
+        given = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
+        logits = model(**given, use_cache=False).logits[:, :-1][mask]  # (n, vocabulary)
+        entropy, divergent = losses(logits, labels[:, 1:][mask], targets, teacher.temperature)
+        count = mask.sum() if num_items is None else num_items
+        # as SFTTrainer does: the count is that of all processes, whose gradients are averaged
+        scale = self.accelerator.num_processes if num_items is not None and self._averages_tokens() else 1
+        scale = scale / torch.as_tensor(count, device=logits.device).clamp(min=1)
+        steps = 1 / self.current_gradient_accumulation_steps
+        self._parts["cross_entropy"] += float(entropy.detach() / mask.sum().clamp(min=1)) * steps
+        self._parts["divergence"] += float(divergent.detach() / mask.sum().clamp(min=1)) * steps
+        self._parts["steps"] += steps
+        return ((1 - self.weight) * entropy + self.weight * divergent) * scale
+
+    @torch.no_grad()
+    def _held_out_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        given = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
+        labels = inputs["labels"]
+        mask = scored(labels)
+        logits = model(**given, use_cache=False).logits[:, :-1][mask]
+        nats = torch.zeros_like(mask, dtype=torch.float32)
+        nats[mask] = torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][mask], reduction="none")
+        rows = torch.stack([nats.sum(1), mask.sum(1).float()], dim=1)  # (rows, 2)
+        # without the rows that fill up the last batch of several processes
+        self._held_out += self.accelerator.gather_for_metrics(rows).double().sum(0).cpu()
+        return nats.sum() / mask.sum().clamp(min=1)
+
+    def _averages_tokens(self) -> bool:
+        return bool(self.args.average_tokens_across_devices)
+
+    def _not_finite(self, loss: float, inputs: dict[str, Any]) -> str:
+        ids = inputs["input_ids"]
+        start = self.processing_class.decode(ids[0][:24], skip_special_tokens=True)
+        kept = checkpoints.latest(Path(self.args.output_dir))
+        return (
+            f"the loss is {loss} at step {self.state.global_step + 1}, in a batch of {len(ids)} rows whose first one "
+            f"begins {start!r}: lower learning_rate ({self.args.learning_rate})"
+            + (f"; {kept.name} is kept" if kept else "")
+        )

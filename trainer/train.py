@@ -1,0 +1,329 @@
+"""A checked request goes in; the training runs, and the folder of the merged checkpoint comes out."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from .. import identity
+from ..errors import UsageError
+from ..files import new_folder, write_json, write_text
+from . import checkpoints
+from .data import TrainingData, load_data
+from .merge import merged, write_adapter_identity, write_checkpoint
+from .models import (
+    autocast_bf16,
+    load_config,
+    load_model,
+    load_tokenizer,
+    local_folder,
+    lora_config,
+    quantization,
+    recompute_activations,
+    stored_dtype,
+    training_dtype,
+)
+from .request import REQUEST_FILE, Request, check_output
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from trl import SFTConfig
+
+    from .distill import Teacher
+    from .sft import RecoveryTrainer
+
+#: in the recovered checkpoint: what was trained, and how the loss went
+LOG_FILE = "training_log.json"
+LOG_VERSION = 1
+#: in the recovered checkpoint: the adapter, which `merge` folds in again
+ADAPTER = "adapter"
+#: points of the loss curve
+_LOG_POINTS = 50
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How rows become optimizer steps: `rows` per forward pass, `accumulation` of those, `processes` at once."""
+
+    rows: int
+    accumulation: int
+    processes: int
+    per_epoch: int
+    total: int
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step, all processes together."""
+        return self.rows * self.accumulation * self.processes
+
+
+def plan_steps(request: Request, rows: int, processes: int) -> Steps:
+    """The step size nearest to `batch_tokens` that all processes share evenly; the same one for 1 and for 2 processes.
+
+    Raises:
+        UsageError: fewer rows than processes.
+    """
+    settings, seq_len = request.settings, request.settings.seq_len or 1
+    if rows < processes:
+        raise UsageError(f"the training text makes {rows} rows for {processes} processes: give more text")
+    wanted = min(max(1, settings.batch_tokens // seq_len), rows)
+    # rounded down where the text holds no more
+    share = min(math.ceil(wanted / processes), rows // processes)
+    most = max(1, settings.device_tokens // seq_len)
+    device_rows = max(count for count in range(1, min(share, most) + 1) if share % count == 0)
+    per_epoch = rows // (share * processes)
+    return Steps(device_rows, share // device_rows, processes, per_epoch, per_epoch * settings.epochs)
+
+
+def train(request: Request) -> Path:
+    """Run `request` in this process, or in each process of `accelerate launch`, and return `request.output`."""
+    with quiet():
+        return _train(request)
+
+
+def _train(request: Request) -> Path:
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not has_accelerator())
+    folder = local_folder(request.model)
+    tokenizer = load_tokenizer(folder)
+    data = load_data(tokenizer, request.data, request.settings, seed=request.seed, evaluation=request.evaluation)
+    steps = plan_steps(request, len(data.train), state.num_processes)
+    base = identity.fingerprint(folder) if state.is_main_process else ""
+    if state.is_main_process:
+        _prepare(request)
+    state.wait_for_everyone()
+    last = checkpoints.latest(request.work)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        checkpoints.remove_incomplete(request.work)
+
+    def finish(checkpoint: Path) -> None:
+        if request.settings.method == "lora":
+            write_adapter_identity(checkpoint, request.model, folder, base)
+
+    trainer = _make_trainer(request, folder, tokenizer, data, steps, finish)
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    seconds = time.monotonic() - started
+    if trainer.eval_dataset is not None and not _evaluated_last(trainer):
+        trainer.evaluate()
+    trained = request.work / "trained"
+    trainer.save_model(str(trained))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        finish(trained)
+        log = training_log(request, data, trainer, steps, seconds)
+        _write_output(request, folder, trained, log)
+    state.wait_for_everyone()
+    return Path(request.output)
+
+
+def has_accelerator() -> bool:
+    """Whether anything but the CPU can train."""
+    return torch.accelerator.is_available()
+
+
+def training_log(
+    request: Request, data: TrainingData, trainer: RecoveryTrainer, steps: Steps, seconds: float
+) -> dict[str, Any]:
+    """What was trained on what, and how the loss went; JSON-ready, without local paths."""
+    history = trainer.state.log_history
+    trained = [
+        {"step": entry["step"], "tokens": entry.get("num_input_tokens_seen")}
+        | {name: entry[name] for name in ("loss", "cross_entropy", "divergence", "learning_rate") if name in entry}
+        for entry in history
+        if "loss" in entry
+    ]
+    # a resumed run measures once more where it starts
+    held_out = {
+        entry["step"]: {"step": entry["step"], "loss": entry["eval_loss"], "perplexity": entry["eval_perplexity"]}
+        for entry in history
+        if "eval_loss" in entry
+    }
+    model = trainer.model
+    return {
+        "version": LOG_VERSION,
+        "teacher": request.teacher and Path(request.teacher).name,
+        "seed": request.seed,
+        "settings": asdict(request.settings),
+        "data": data.record(),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "processes": steps.processes,
+        "rows_per_step": steps.rows_per_step,
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "seconds": round(seconds, 3),
+        "train": trained,
+        "held_out": list(held_out.values()),
+    }
+
+
+def _make_trainer(
+    request: Request, folder: Path, tokenizer: Any, data: TrainingData, steps: Steps, finish: Any
+) -> RecoveryTrainer:
+    from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
+
+    from .sft import RecoveryTrainer
+
+    settings = request.settings
+    # before the adapter is drawn
+    set_seed(request.seed)
+    model = load_model(folder, training_dtype(load_config(folder), settings), **_placement(request))
+    patience = settings.patience
+    trainer = RecoveryTrainer(
+        model=model,
+        args=_arguments(request, data, steps, recompute_activations(model, settings)),
+        train_dataset=data.train.select(range(steps.per_epoch * steps.rows_per_step)),
+        eval_dataset=data.held_out,
+        processing_class=tokenizer,
+        peft_config=lora_config(model, settings) if settings.method == "lora" else None,
+        callbacks=[EarlyStoppingCallback(patience)] if patience is not None and data.held_out else [],
+        teacher=_teacher(request),
+        weight=settings.distillation,
+        finish=finish,
+    )
+    # stands in for the progress bar where there is no terminal, and prints every log entry
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _arguments(request: Request, data: TrainingData, steps: Steps, recompute: bool) -> SFTConfig:
+    from trl import SFTConfig
+
+    settings = request.settings
+    held_out = data.held_out is not None
+    eval_steps = math.ceil(steps.total / settings.evaluations)
+    keep_best = settings.patience is not None and held_out
+    # the name that transformers < 5.20 knows warns in later ones
+    names = [field.name for field in fields(SFTConfig)]
+    checkpointing = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names)
+    return SFTConfig(
+        output_dir=str(request.work),
+        per_device_train_batch_size=steps.rows,
+        # packed rows arrive as one; single ones can be told apart
+        per_device_eval_batch_size=1 if data.packed else steps.rows,
+        gradient_accumulation_steps=steps.accumulation,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=round(settings.warmup * steps.total),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        seed=request.seed,
+        data_seed=request.seed,
+        bf16=autocast_bf16(),
+        fp16=False,
+        use_cpu=not has_accelerator(),
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=has_accelerator(),
+        # rows come tokenized, cut and packed
+        max_length=None,
+        padding_free=data.packed,
+        include_num_input_tokens_seen="non_padding",
+        logging_steps=max(1, steps.total // _LOG_POINTS),
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if held_out else "no",
+        eval_steps=eval_steps,
+        eval_on_start=held_out,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=eval_steps if keep_best else math.ceil(steps.total / settings.checkpoints),
+        save_total_limit=2,
+        load_best_model_at_end=keep_best,
+        metric_for_best_model="eval_loss" if keep_best else None,
+        greater_is_better=False if keep_best else None,
+        report_to=list(settings.report_to) or "none",
+        disable_tqdm=not sys.stderr.isatty(),
+        **{checkpointing: recompute},
+    )
+
+
+def _placement(request: Request) -> dict[str, Any]:
+    """Options of `from_pretrained` for a quantized base, which is put on its device as it is read."""
+    from accelerate import PartialState
+
+    config = quantization(request.settings)
+    return {} if config is None else {"quantization_config": config, "device_map": {"": PartialState().device}}
+
+
+def _teacher(request: Request) -> Teacher | None:
+    if request.teacher is None or not request.settings.distillation:
+        return None
+    from accelerate import PartialState
+
+    from .distill import Teacher
+
+    folder = local_folder(request.teacher)
+    dtype = torch.bfloat16 if autocast_bf16() else _computable(load_config(folder))
+    model: PreTrainedModel = load_model(folder, dtype).to(PartialState().device)
+    return Teacher(model, request.settings.top_k, request.settings.temperature)
+
+
+def _computable(config: Any) -> torch.dtype:
+    stored = stored_dtype(config)
+    return torch.float32 if stored == torch.float16 else stored
+
+
+def _prepare(request: Request) -> None:
+    check_output(request)
+    record = request.work / REQUEST_FILE
+    if request.work.exists() and not request.resume:
+        shutil.rmtree(request.work)
+    request.work.mkdir(parents=True, exist_ok=True)
+    if not record.exists():
+        write_text(record, yaml.safe_dump(request.to_dict(), sort_keys=False))
+
+
+def _evaluated_last(trainer: RecoveryTrainer) -> bool:
+    steps = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return bool(steps) and steps[-1] == trainer.state.global_step
+
+
+def _write_output(request: Request, folder: Path, trained: Path, log: dict[str, Any]) -> None:
+    """Write `request.output` in one step, then remove what the training left."""
+    adapter = request.settings.method == "lora"
+    # the trainer's pickled arguments name local paths
+    (trained / "training_args.bin").unlink(missing_ok=True)
+    if adapter:
+        model = merged(trained, folder)
+    else:
+        model = load_model(trained, stored_dtype(load_config(folder)))
+    with new_folder(request.output, request.overwrite) as scratch:
+        write_checkpoint(model, folder, scratch)
+        write_json(scratch / LOG_FILE, log)
+        if adapter:
+            keep = ("adapter_*", identity.FILE, "local_base.json")
+            (scratch / ADAPTER).mkdir()
+            for path in (path for pattern in keep for path in trained.glob(pattern)):
+                shutil.copyfile(path, scratch / ADAPTER / path.name)
+    shutil.rmtree(request.work)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars where there is no terminal, and no warnings about calls that are not the user's."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if shown:
+        logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # peft asks transformers by the old name
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
