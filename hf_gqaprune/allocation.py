@@ -121,9 +121,12 @@ def _fit(
             removed[key] = max(removed[key], count)
         left = budget.parameters - sum(budget.freed(key, count) for key, count in removed.items())
         for key, start, end in channels:
-            if left < budget.freed(key, end) - budget.freed(key, start):
+            whole = budget.freed(key, end) - budget.freed(key, start)
+            if left < whole:
                 most = min(end, budget.floor_or_all(key)) - start
-                end = start + max(0, min(most, round(left / budget.unit[key])))
+                some = max(0, min(most, round(left / budget.unit[key])))
+                if abs(left - some * budget.unit[key]) <= abs(left - whole):
+                    end = start + some
             left -= budget.freed(key, end) - budget.freed(key, start)
             removed[key] = max(removed[key], end)
             if abs(left) <= budget.unit[key] / 2:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
 
-
 _SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 _BLOCKS = ("attention", "mlp")
 

@@ -26,7 +26,6 @@ from transformers.utils import TransformersKwargs, cached_file
 
 from .configuration_pruned_llama import PrunedLlamaConfig
 
-
 PLAN_FILE = "prune_plan.json"
 AUTO_MAP = {
     "AutoConfig": "configuration_pruned_llama.PrunedLlamaConfig",

@@ -325,7 +325,7 @@ class PruningPlan:
 
 def plan_table(plan: PruningPlan) -> str:
     """The printed form: one row per layer, then totals before and after."""
-    rows = [("layer", "Q heads", "KV heads", "FFN", "parameters", "kept")]
+    rows: list[tuple[str, ...]] = [("layer", "Q heads", "KV heads", "FFN", "parameters", "kept")]
     source, target = plan.source, plan.target
     for index, (old, new) in enumerate(zip(source.layers, target.layers, strict=True)):
         was = source.attention_parameters(old) + source.mlp_parameters(old)

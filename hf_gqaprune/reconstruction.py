@@ -150,8 +150,8 @@ class _Walk:
         """Fit the input projections: the pruned rows of each should give, on the pruned stream, what they gave before."""
         width = block.get_submodule(names[0]).in_features
         sums = [NormalEquations.zeros(width, width) for _ in range(2)]
-        for dense, pruned, held in zip(self.dense, self.pruned, self.held_out, strict=True):
-            sums[held].add(norm(pruned), dense_norm(dense))
+        for dense, pruned, is_held in zip(self.dense, self.pruned, self.held_out, strict=True):
+            sums[is_held].add(norm(pruned), dense_norm(dense))
         for name in names:
             linear = block.get_submodule(name)
             prior = linear.weight.double().cpu()

@@ -296,8 +296,8 @@ def _run(model: PreTrainedModel, calibration: Calibration, backward: bool) -> No
             if not backward:
                 continue
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
-            if not bool(torch.isfinite(loss)):
-                raise WorkError(f"the loss on calibration text is {float(loss)}: the model's activations overflow")
+            if not bool(torch.isfinite(loss.detach())):
+                raise WorkError(f"the loss on calibration text is {float(loss.detach())}: the model's activations overflow")
             loss.backward()
 
 

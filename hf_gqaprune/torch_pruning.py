@@ -6,7 +6,7 @@ only place that knows how a layer is cut: surgery, statistics and criteria repla
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,9 @@ from torch import nn
 from .errors import WorkError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
+    from .modeling_pruned_llama import PrunedLlamaForCausalLM
     from .plan import LayerShape
 
 #: block kind -> the projection whose input columns are the units' outputs
@@ -86,13 +87,14 @@ class GQAIndexMapping:
         from torch_pruning._helpers import _HybridIndex
 
         n, d = self.repeat, self.head_dim
-        if self.reverse:
-            mapped = {_HybridIndex(idx=i.idx // (n * d) * d + i.idx % d, root_idx=i.root_idx) for i in idxs}
-        else:
-            heads = ((i, i.idx // d * n + r) for i in idxs for r in range(n))
-            mapped = {_HybridIndex(idx=head * d + i.idx % d, root_idx=i.root_idx) for i, head in heads}
+        mapped: dict[int, int] = {}
+        for i in sorted(idxs):
+            # KV channels that several query channels lead to are named once, for the first of them
+            heads = [i.idx // (n * d)] if self.reverse else [i.idx // d * n + r for r in range(n)]
+            for head in heads:
+                mapped.setdefault(head * d + i.idx % d, i.root_idx)
         # one order for one set: the walk tells visited index lists apart by their order and would never end
-        return sorted(mapped)
+        return [_HybridIndex(idx=idx, root_idx=root) for idx, root in sorted(mapped.items())]
 
 
 @contextmanager
@@ -132,24 +134,151 @@ def build_dependency_graph(model: nn.Module) -> Any:
     """
     import torch_pruning as tp
 
-    config: Any = model.config
+    with _traceable(model), torch.enable_grad():
+        return tp.DependencyGraph().build_dependency(model, example_inputs=_example_inputs(model), verbose=False)
+
+
+def _example_inputs(model: nn.Module) -> dict[str, Any]:
     device = next(model.parameters()).device
-    attention, frozen = config._attn_implementation, [p for p in model.parameters() if not p.requires_grad]
     ids = torch.ones(1, _TRACE_TOKENS, dtype=torch.long, device=device)
     # a 4-D mask is taken as it is; building one needs values, which the meta device has not
     mask = torch.zeros(1, 1, _TRACE_TOKENS, _TRACE_TOKENS, device=device)
+    return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+
+
+@contextmanager
+def _traceable(model: nn.Module) -> Iterator[None]:
+    """Eager attention and a gradient for every parameter; both restored."""
+    config: Any = model.config
+    attention, frozen = config._attn_implementation, [p for p in model.parameters() if not p.requires_grad]
     model.set_attn_implementation("eager")  # type: ignore[operator]
     try:
         for parameter in frozen:
             parameter.requires_grad_(True)
-        with torch.enable_grad():
-            return tp.DependencyGraph().build_dependency(
-                model, example_inputs={"input_ids": ids, "attention_mask": mask, "use_cache": False}, verbose=False
-            )
+        yield
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
         model.set_attn_implementation(attention)  # type: ignore[operator]
+
+
+class KVGroups:
+    """What torch-pruning's own `BasePruner` lacks to prune a Llama by whole KV groups; see [`kv_group_pruning`].
+
+    Attributes:
+        options: keyword arguments for `BasePruner`: the example inputs, and which layers keep their outputs.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        from torch_pruning._helpers import UnwrappedParameters
+
+        inner: Any = model.get_decoder()
+        attentions = [layer.self_attn for layer in inner.layers if layer.self_attn is not None]
+        self._attention = {linear: a for a in attentions for linear in (a.q_proj, a.k_proj, a.v_proj)}
+        norms = [module.weight for module in inner.modules() if hasattr(module, "variance_epsilon")]
+        self.options = {
+            "example_inputs": _example_inputs(model),
+            # the hidden size stays: no group that reaches the embeddings or the head is pruned
+            "ignored_layers": [model.get_input_embeddings(), model.get_output_embeddings()],
+            "unwrapped_parameters": [UnwrappedParameters(parameters=weight, pruning_dim=0) for weight in norms],
+            # the defaults are two dicts that all pruners of a process share
+            "in_channel_groups": {},
+            "out_channel_groups": {},
+        }
+
+    def importance(self, base: Callable[[Any], torch.Tensor]) -> Callable[[Any], torch.Tensor]:
+        """An importance of torch-pruning, summed over each KV group: all channels of a group rank alike."""
+
+        def score(group: Any) -> torch.Tensor:
+            channels = base(group)
+            units = self._units(group)
+            if units is None:
+                return channels
+            return channels.view(units, -1).sum(1).repeat_interleave(len(channels) // units)
+
+        return score
+
+    def whole(self, groups: Iterable[Any]) -> Iterator[Any]:
+        """torch-pruning's groups with attention rounded to whole KV groups; the last one of a layer stays.
+
+        Args:
+            groups: what `pruner.step(interactive=True)` yields.
+        """
+        for group in groups:
+            units = self._units(group)
+            if units is None:
+                yield group
+                continue
+            root, handler, indices = group[0].dep.target.module, group[0].dep.handler, group[0].idxs
+            width = root.out_features // units
+            chosen = (torch.tensor(indices, dtype=torch.long) // width).bincount(minlength=units)
+            count = min(units - 1, (2 * len(indices) + width) // (2 * width))
+            if count:
+                rows = torch.arange(units * width).view(units, width)[chosen.argsort(descending=True, stable=True)[:count]]
+                yield group._DG.get_pruning_group(root, handler, sorted(rows.flatten().tolist()))
+
+    def _units(self, group: Any) -> int | None:
+        """Number of KV groups where `group` is that of an attention block."""
+        attention = self._attention.get(group[0].dep.target.module)
+        return None if attention is None else attention.k_proj.out_features // attention.head_dim
+
+
+@contextmanager
+def kv_group_pruning(model: PreTrainedModel) -> Iterator[KVGroups]:
+    """Within this context torch-pruning's own `BasePruner` prunes whole KV groups and FFN channels of a Llama.
+
+    ```python
+    with kv_group_pruning(model) as gqa:
+        importance = gqa.importance(tp.importance.MagnitudeImportance(p=2, group_reduction="sum", normalizer=None))
+        pruner = tp.pruner.BasePruner(model, importance=importance, pruning_ratio=0.25, **gqa.options)
+        for group in gqa.whole(pruner.step(interactive=True)):
+            group.prune()
+    pruned = to_pruned_llama(model)
+    ```
+
+    Args:
+        model: a Llama or pruned Llama causal LM. Its weights are pruned in place, its config is not: see
+            [`to_pruned_llama`]. Meanwhile it runs eager attention and all its parameters take gradients.
+    """
+    with gqa_index_mapping(), _traceable(model):
+        yield KVGroups(model)
+
+
+def to_pruned_llama(model: PreTrainedModel) -> PrunedLlamaForCausalLM:
+    """The same weights as a [`PrunedLlamaForCausalLM`] whose config says the sizes that its layers really have.
+
+    Args:
+        model: a Llama or pruned Llama causal LM after pruning by whole KV groups in place; it shares its weights with
+            the result.
+    """
+    from accelerate import init_empty_weights
+
+    from .configuration_pruned_llama import PrunedLlamaConfig
+    from .modeling_pruned_llama import PrunedLlamaForCausalLM
+
+    inner: Any = model.get_decoder()
+    sizes = {}
+    for index, layer in enumerate(inner.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        size: dict[str, Any] = {"skip": [name for name, block in (("attention", attention), ("mlp", mlp)) if block is None]}
+        if attention is not None:
+            size["num_attention_heads"] = attention.q_proj.out_features // attention.head_dim
+            size["num_key_value_heads"] = attention.k_proj.out_features // attention.head_dim
+        if mlp is not None:
+            size["intermediate_size"] = mlp.up_proj.out_features
+        sizes[index] = {name: value for name, value in size.items() if value}
+    values = model.config.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "per_layer_config", "layer_types", "transformers_version"):
+        values.pop(key, None)
+    config = PrunedLlamaConfig(**values, per_layer_config=sizes)
+    with init_empty_weights(include_buffers=False):
+        pruned = PrunedLlamaForCausalLM(config)
+    pruned.load_state_dict(model.state_dict(), assign=True)
+    pruned.tie_weights()
+    pruned.model.rotary_emb.to(model.get_input_embeddings().weight.device)
+    pruned.set_attn_implementation(model.config._attn_implementation)
+    pruned.generation_config = model.generation_config
+    return pruned.train(model.training)
 
 
 def trace_units(config: PreTrainedConfig, shapes: tuple[LayerShape, ...]) -> tuple[UnitSlices, ...]:

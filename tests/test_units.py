@@ -88,6 +88,24 @@ def test_pruning_through_the_graph_equals_index_sets(kv_heads: int, n_rep: int, 
         assert torch.equal(tensor, untouched[name]), name
 
 
+@pytest.mark.parametrize("n_rep", [1, 2, 3, 7])
+def test_a_group_is_the_same_from_whichever_projection_it_is_entered(n_rep: int) -> None:
+    import torch_pruning as tp
+
+    model = tiny_llama(kv_heads=3, n_rep=n_rep, layers=1)
+    attention = model.model.layers[0].self_attn
+    kv, query = list(range(8, 16)), list(range(8 * n_rep, 16 * n_rep))
+    linears = {attention.q_proj: query, attention.k_proj: kv, attention.v_proj: kv, attention.o_proj: query}
+    with gqa_index_mapping():
+        graph = build_dependency_graph(model)
+        for root, rows in linears.items():
+            prune = tp.prune_linear_in_channels if root is attention.o_proj else tp.prune_linear_out_channels
+            group = graph.get_pruning_group(root, prune, idxs=rows)
+            # sorted, not set: an index that is named twice would be counted twice
+            found = {item.dep.target.module: sorted(item.idxs) for item in group}
+            assert {linear: found[linear] for linear in linears} == linears
+
+
 def test_equal_layers_share_one_trace_and_skipped_blocks_are_empty() -> None:
     shapes = (LayerShape(4, 2, 6, 8), LayerShape(0, 0, 6, 8), LayerShape(4, 2, 0, 8), LayerShape(4, 2, 6, 8))
     units = trace_units(tiny_config(), shapes)

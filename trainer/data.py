@@ -180,7 +180,7 @@ def _example(tokenizer: Any, example: dict[str, Any], source: Rows, seq_len: int
         return Row(_chat(tokenizer, example["messages"], source)[:seq_len])
     if kind == "alpaca":
         extra = example.get("input") or ""
-        prompt = _ALPACA.format(
+        prompt: Any = _ALPACA.format(
             paired=", paired with an input that provides further context" if extra else "",
             instruction=example["instruction"],
             input=f"### Input:\n{extra}\n\n" if extra else "",

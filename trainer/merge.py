@@ -24,7 +24,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 _CARRIED = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja"),
-    *("generation_config.json", "prune_plan.json", "recipe.yaml", "LICENSE*", "USE_POLICY*", "NOTICE*"),
+    *("generation_config.json", "recipe.yaml", "LICENSE*", "USE_POLICY*", "NOTICE*"),
 )
 
 
@@ -97,8 +97,10 @@ def write_checkpoint(model: PreTrainedModel, base: Path, output: Path) -> None:
     for pattern in _CARRIED:
         for path in base.glob(pattern):
             target = output / path.relative_to(base)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+            # what the model wrote about itself is newer
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
     known = identity.read(base) or {}
     identity.write(output, **{**_unversioned(known), "fingerprint": identity.fingerprint(output)})
 

@@ -88,8 +88,13 @@ def training_dtype(config: PreTrainedConfig, settings: Settings) -> torch.dtype:
     All weights need float32: an update is smaller than a half-precision weight can show. A frozen base stays as it
     is, but for float16, whose activations overflow without loss scaling.
     """
+    return torch.float32 if settings.method == "full" else computable_dtype(config)
+
+
+def computable_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype on disk, float32 for float16."""
     stored = stored_dtype(config)
-    return torch.float32 if settings.method == "full" or stored == torch.float16 else stored
+    return torch.float32 if stored == torch.float16 else stored
 
 
 def autocast_bf16() -> bool:

@@ -94,7 +94,10 @@ class Settings:
         for name in values:
             if name not in Settings.__dataclass_fields__:
                 raise unknown("recovery setting", name, Settings.__dataclass_fields__)
-        return Settings(**{name: tuple(value) if name == "report_to" else value for name, value in values.items()})
+        given: dict[str, Any] = dict(values)
+        if "report_to" in given:
+            given["report_to"] = tuple(given["report_to"])
+        return Settings(**given)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -126,7 +129,7 @@ class Settings:
 _REPORT = Settings(dropout=0.05, schedule="linear", seq_len=256, batch_tokens=16384)
 #: `alpaca` is what the report trained with (rank 8, 3 epochs), `alpaca-strong` what it suggests
 PRESETS: dict[str, Settings] = {
-    "default": Settings(max_tokens=2_000_000),
+    "default": Settings(max_tokens=2_000_000, distillation=0.9),
     "alpaca": replace(_REPORT, rank=8, alpha=16, epochs=3, learning_rate=3e-4),
     "alpaca-strong": replace(_REPORT, rank=16, alpha=32, epochs=5, learning_rate=1e-4),
 }

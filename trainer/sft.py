@@ -15,28 +15,24 @@ from trl import SFTTrainer
 from ..errors import WorkError
 from . import checkpoints
 from .distill import MODEL_INPUTS, Teacher, losses, scored
+from .teacher_cache import TeacherCache
 
 
 class RecoveryTrainer(SFTTrainer):
     """`SFTTrainer` for rows of `data.load_data`.
 
     Args:
-        teacher: what the student is pulled towards; None: cross-entropy alone.
-        weight: of the divergence; cross-entropy has `1 - weight`.
+        weight: of the divergence from the teacher; cross-entropy has `1 - weight`.
         finish: writes what else belongs to a checkpoint, on the main process; the manifest follows.
+
+    Attributes:
+        teacher: what the student is pulled towards; None: cross-entropy alone.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        teacher: Teacher | None,
-        weight: float,
-        finish: Callable[[Path], None],
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, weight: float, finish: Callable[[Path], None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.finish = finish
-        self.teacher = teacher
+        self.teacher: Teacher | TeacherCache | None = None
         self.weight = weight
         self._parts: dict[str, float] = defaultdict(float)
         # evaluation sums nats and tokens, since its batches need not hold equally many
@@ -87,7 +83,9 @@ class RecoveryTrainer(SFTTrainer):
                 f"{folder} could not be written ({error})" + (f"; {kept} is kept: go on with --resume" if kept else "")
             ) from error
 
-    def _distilled(self, model: Any, inputs: dict[str, Any], teacher: Teacher, num_items: Any) -> torch.Tensor:
+    def _distilled(
+        self, model: Any, inputs: dict[str, Any], teacher: Teacher | TeacherCache, num_items: Any
+    ) -> torch.Tensor:
         labels = inputs["labels"]
         mask = scored(labels)
         targets = teacher.targets(inputs, mask)

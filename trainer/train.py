@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,10 +20,13 @@ from .. import identity
 from ..errors import UsageError
 from ..files import new_folder, write_json, write_text
 from . import checkpoints
+from .blockwise import reconstruct
 from .data import TrainingData, load_data
+from .distill import Teacher
 from .merge import merged, write_adapter_identity, write_checkpoint
 from .models import (
     autocast_bf16,
+    computable_dtype,
     load_config,
     load_model,
     load_tokenizer,
@@ -35,12 +38,13 @@ from .models import (
     training_dtype,
 )
 from .request import REQUEST_FILE, Request, check_output
+from .teacher_cache import TeacherCache, is_cached, write_cache
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from transformers import PreTrainedModel
     from trl import SFTConfig
 
-    from .distill import Teacher
     from .sft import RecoveryTrainer
 
 #: in the recovered checkpoint: what was trained, and how the loss went
@@ -102,7 +106,7 @@ def _train(request: Request) -> Path:
     steps = plan_steps(request, len(data.train), state.num_processes)
     base = identity.fingerprint(folder) if state.is_main_process else ""
     if state.is_main_process:
-        _prepare(request)
+        _prepare(request, base)
     state.wait_for_everyone()
     last = checkpoints.latest(request.work)
     state.wait_for_everyone()
@@ -113,7 +117,7 @@ def _train(request: Request) -> Path:
         if request.settings.method == "lora":
             write_adapter_identity(checkpoint, request.model, folder, base)
 
-    trainer = _make_trainer(request, folder, tokenizer, data, steps, finish)
+    trainer = _make_trainer(request, folder, tokenizer, data, steps, finish, last is not None)
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     seconds = time.monotonic() - started
@@ -171,7 +175,13 @@ def training_log(
 
 
 def _make_trainer(
-    request: Request, folder: Path, tokenizer: Any, data: TrainingData, steps: Steps, finish: Any
+    request: Request,
+    folder: Path,
+    tokenizer: Any,
+    data: TrainingData,
+    steps: Steps,
+    finish: Callable[[Path], None],
+    resumed: bool,
 ) -> RecoveryTrainer:
     from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 
@@ -180,20 +190,26 @@ def _make_trainer(
     settings = request.settings
     # before the adapter is drawn
     set_seed(request.seed)
-    model = load_model(folder, training_dtype(load_config(folder), settings), **_placement(request))
+    model: Any = load_model(folder, training_dtype(load_config(folder), settings), **_placement(request))
+    recompute = recompute_activations(model, settings)
+    adapter = lora_config(model, settings) if settings.method == "lora" else None
+    dense = None if request.teacher is None else _dense_model(request.teacher)
+    if dense is not None and settings.blockwise_tokens and not resumed:
+        model, adapter = _reconstructed(model, adapter, dense, data, request, steps), None
     patience = settings.patience
     trainer = RecoveryTrainer(
         model=model,
-        args=_arguments(request, data, steps, recompute_activations(model, settings)),
+        args=_arguments(request, data, steps, recompute),
         train_dataset=data.train.select(range(steps.per_epoch * steps.rows_per_step)),
         eval_dataset=data.held_out,
         processing_class=tokenizer,
-        peft_config=lora_config(model, settings) if settings.method == "lora" else None,
+        peft_config=adapter,
         callbacks=[EarlyStoppingCallback(patience)] if patience is not None and data.held_out else [],
-        teacher=_teacher(request),
         weight=settings.distillation,
         finish=finish,
     )
+    if dense is not None and settings.distillation:
+        trainer.teacher = _teacher(trainer, dense, request, steps)
     # stands in for the progress bar where there is no terminal, and prints every log entry
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -258,32 +274,68 @@ def _placement(request: Request) -> dict[str, Any]:
     return {} if config is None else {"quantization_config": config, "device_map": {"": PartialState().device}}
 
 
-def _teacher(request: Request) -> Teacher | None:
-    if request.teacher is None or not request.settings.distillation:
-        return None
+def _dense_model(teacher: str) -> PreTrainedModel:
     from accelerate import PartialState
 
-    from .distill import Teacher
-
-    folder = local_folder(request.teacher)
-    dtype = torch.bfloat16 if autocast_bf16() else _computable(load_config(folder))
-    model: PreTrainedModel = load_model(folder, dtype).to(PartialState().device)
-    return Teacher(model, request.settings.top_k, request.settings.temperature)
+    folder = local_folder(teacher)
+    dtype = torch.bfloat16 if autocast_bf16() else computable_dtype(load_config(folder))
+    return load_model(folder, dtype).to(PartialState().device)
 
 
-def _computable(config: Any) -> torch.dtype:
-    stored = stored_dtype(config)
-    return torch.float32 if stored == torch.float16 else stored
+def _teacher(
+    trainer: RecoveryTrainer, dense: PreTrainedModel, request: Request, steps: Steps
+) -> Teacher | TeacherCache:
+    """The dense model itself, or its predictions for every training row, written to disk by all processes together."""
+    from accelerate import PartialState
+
+    settings = request.settings
+    teacher = Teacher(dense, settings.top_k, settings.temperature)
+    if not settings.teacher_cache:
+        return teacher
+    state, cache = PartialState(), request.work / "teacher"
+    own = cache / f"{state.process_index}-of-{state.num_processes}"
+    if not is_cached(own):
+        rows = trainer.train_dataset
+        mine = range(state.process_index * steps.rows, len(rows), state.num_processes * steps.rows)
+        batches = (trainer.data_collator([rows[i] for i in range(at, min(at + steps.rows, len(rows)))]) for at in mine)
+        write_cache(teacher, batches, own, state.device)
+    state.wait_for_everyone()
+    return TeacherCache(cache, settings.temperature)
 
 
-def _prepare(request: Request) -> None:
+def _reconstructed(
+    model: Any, adapter: LoraConfig | None, dense: PreTrainedModel, data: TrainingData, request: Request, steps: Steps
+) -> Any:
+    """`model` (with its adapter) after block-wise reconstruction, which is the same in every process."""
+    from accelerate import PartialState
+    from peft import get_peft_model
+
+    settings = request.settings
+    if adapter is not None:
+        model = get_peft_model(model, adapter)
+    full = [ids for ids in data.train["input_ids"] if len(ids) == settings.seq_len]
+    wanted = settings.blockwise_tokens // (settings.seq_len or 1)
+    if not full or not wanted:
+        raise UsageError(f"block-wise reconstruction needs rows of {settings.seq_len} tokens: give text")
+    model.to(PartialState().device)
+    reconstruct(model, dense, torch.tensor(full[:wanted]), rows=min(steps.rows_per_step, len(full)), seed=request.seed)
+    return model
+
+
+def _prepare(request: Request, base: str) -> None:
+    """Make the working folder, or refuse the one that is there."""
     check_output(request)
     record = request.work / REQUEST_FILE
-    if request.work.exists() and not request.resume:
+    if request.work.exists() and not (request.resume and record.exists()):
         shutil.rmtree(request.work)
     request.work.mkdir(parents=True, exist_ok=True)
     if not record.exists():
-        write_text(record, yaml.safe_dump(request.to_dict(), sort_keys=False))
+        write_text(record, yaml.safe_dump({**request.to_dict(), "base_fingerprint": base}, sort_keys=False))
+    elif yaml.safe_load(record.read_text(encoding="utf-8")).get("base_fingerprint") != base:
+        raise UsageError(
+            f"the weights in {request.model} are not those that {request.work} was started with: start anew with "
+            "--overwrite and without --resume"
+        )
 
 
 def _evaluated_last(trainer: RecoveryTrainer) -> bool:

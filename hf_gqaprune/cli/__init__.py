@@ -80,7 +80,8 @@ def _run(line: list[str]) -> None:
     if verb is not None and verb not in VERBS:
         raise unknown("command", verb, VERBS)
     parser = make_parser()
-    args, args.accelerate = parser.parse_known_args(line)
+    args, rest = parser.parse_known_args(line)
+    args.accelerate = rest
     if verb is None:
         parser.print_help()
         return

@@ -1,0 +1,161 @@
+"""A pruned and a dense model and windows of token ids go in; each pruned block leaves imitating its dense block.
+
+Layer by layer, attention then FFN: the trainable weights of one block are fitted by gradient descent so that the
+pruned model's residual stream after the block is that of the dense model. The block sees the stream that the blocks
+already fitted produce, so that their errors are made up for instead of adding up. One block of either model is at work
+at a time; the two streams wait on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+#: what a block is fitted with unless said otherwise
+LEARNING_RATE = 3e-3
+EPOCHS = 4
+_BLOCKS = (("self_attn", "input_layernorm"), ("mlp", "post_attention_layernorm"))
+
+
+@dataclass(frozen=True)
+class BlockLoss:
+    """Mean squared distance to the dense stream after a block, relative to its mean square, before and after."""
+
+    layer: int
+    block: str
+    before: float
+    after: float
+
+
+def reconstruct(
+    student: Any,
+    dense: Any,
+    ids: torch.Tensor,
+    *,
+    rows: int,
+    seed: int,
+    learning_rate: float = LEARNING_RATE,
+    epochs: int = EPOCHS,
+) -> list[BlockLoss]:
+    """Fit the trainable parameters of every block of `student`, in place.
+
+    Args:
+        student: causal LM, plain or wrapped by peft; only parameters that require gradients change.
+        dense: the causal LM it was pruned from.
+        ids: int64 `(windows, seq_len)`.
+        rows: windows per optimizer step.
+        learning_rate: of AdamW at its start; it falls to zero on a cosine.
+        epochs: passes over `ids` for each block.
+        seed: of the order of the windows.
+    """
+    walk = _Walk(student, dense, ids, rows)
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for index, layer in enumerate(walk.decoder.layers):
+        for name, norm in _BLOCKS:
+            before, after = walk.fit(index, layer, name, norm, learning_rate, epochs, generator)
+            if after is not None:
+                losses.append(BlockLoss(index, name, before, after))
+    return losses
+
+
+class _Walk:
+    """Both residual streams, `(windows, seq_len, d)` on the CPU, advanced block by block."""
+
+    def __init__(self, student: Any, dense: Any, ids: torch.Tensor, rows: int) -> None:
+        self.student = student.get_base_model() if hasattr(student, "get_base_model") else student
+        self.decoder, self.dense_decoder = self.student.get_decoder(), dense.get_decoder()
+        self.device = self.decoder.embed_tokens.weight.device
+        self.rows = rows
+        self.windows = len(ids)
+        self.dtype = self.decoder.embed_tokens.weight.dtype
+        self.positions = torch.arange(ids.shape[1], device=self.device)[None]
+        with torch.no_grad():
+            self.stream = self._map(lambda part: self.decoder.embed_tokens(part), ids)
+            self.target = self._map(lambda part: self.dense_decoder.embed_tokens(part), ids)
+
+    def fit(
+        self, index: int, layer: Any, name: str, norm: str, rate: float, epochs: int, generator: torch.Generator
+    ) -> tuple[float, float | None]:
+        """Fit one block and move both streams past it; `(before, after)`, the latter None where nothing trains."""
+        dense_layer = self.dense_decoder.layers[index]
+        run_dense = self._block(dense_layer, name, norm, self.dense_decoder)
+        with torch.no_grad():
+            self.target = self._map(run_dense, self.target)
+        if getattr(layer, name) is None:
+            return 0.0, None
+        run = self._block(layer, name, norm, self.decoder)
+        trained = [p for p in getattr(layer, name).parameters() if p.requires_grad]
+        before = after = None
+        if trained:
+            before = self._distance(run)
+            self._descend(run, trained, rate, epochs, generator)
+            after = self._distance(run)
+        with torch.no_grad():
+            self.stream = self._map(run, self.stream)
+        return before or 0.0, after
+
+    def _descend(
+        self, run: Callable[..., torch.Tensor], trained: list[nn.Parameter], rate: float, epochs: int, generator: Any
+    ) -> None:
+        batches = self.windows // self.rows or 1
+        optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * batches)
+        scale = self.target.float().square().mean().to(self.device)
+        with torch.enable_grad():
+            for _ in range(epochs):
+                order = torch.randperm(self.windows, generator=generator)
+                for picked in order[: batches * self.rows].split(self.rows):
+                    output = run(self.stream[picked].to(self.device))
+                    wanted = self.target[picked].to(self.device)
+                    loss = (output.float() - wanted.float()).square().mean() / scale
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    nn.utils.clip_grad_norm_(trained, 1.0)
+                    optimizer.step()
+                    schedule.step()
+        for parameter in trained:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def _distance(self, run: Callable[..., torch.Tensor]) -> float:
+        total, square = 0.0, 0.0
+        for part in self._parts():
+            wanted = self.target[part].to(self.device).float()
+            total += float((run(self.stream[part].to(self.device)).float() - wanted).square().sum())
+            square += float(wanted.square().sum())
+        return total / square
+
+    def _block(self, layer: Any, name: str, norm: str, decoder: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`hidden + block(norm(hidden))` of one layer; the identity where it has no such block."""
+        block = getattr(layer, name)
+        if block is None:
+            return lambda hidden: hidden
+        normalise = getattr(layer, norm)
+        if name == "mlp":
+            return lambda hidden: hidden + block(normalise(hidden))
+
+        def attend(hidden: torch.Tensor) -> torch.Tensor:
+            from transformers.masking_utils import create_causal_mask
+
+            mask = create_causal_mask(
+                config=decoder.config,
+                inputs_embeds=hidden,
+                attention_mask=None,
+                past_key_values=None,
+                position_ids=self.positions,
+            )
+            rope = decoder.rotary_emb(hidden, self.positions)
+            return hidden + block(normalise(hidden), position_embeddings=rope, attention_mask=mask)[0]
+
+        return attend
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor], values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([function(values[part].to(self.device)).to(self.dtype).cpu() for part in self._parts()])
+
+    def _parts(self) -> Iterator[slice]:
+        return (slice(start, start + self.rows) for start in range(0, self.windows, self.rows))
