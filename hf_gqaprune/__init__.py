@@ -32,7 +32,6 @@ _LAZY = {
     "make_plan": "planner",
     "merge": "trainer.merge",
     "prune": "surgery",
-    "prune_checkpoint": "checkpoint",
     "push": "hub",
     "recover": "trainer.recover",
 }

@@ -120,18 +120,22 @@ def _fit(
         for key, count in groups[:take]:
             removed[key] = max(removed[key], count)
         left = budget.parameters - sum(budget.freed(key, count) for key, count in removed.items())
+        taken = {key: 0 for key in budget.units if key[1] == "mlp"}
+        rest = left
         for key, start, end in channels:
+            if taken[key] < start:
+                # an earlier part of this block's curve did not fit
+                continue
             whole = budget.freed(key, end) - budget.freed(key, start)
-            if left < whole:
+            if rest < whole - budget.unit[key] / 2:
                 most = min(end, budget.floor_or_all(key)) - start
-                some = max(0, min(most, round(left / budget.unit[key])))
-                if abs(left - some * budget.unit[key]) <= abs(left - whole):
-                    end = start + some
-            left -= budget.freed(key, end) - budget.freed(key, start)
-            removed[key] = max(removed[key], end)
-            if abs(left) <= budget.unit[key] / 2:
+                end = start + max(0, min(most, round(rest / budget.unit[key])))
+            rest -= budget.freed(key, end) - budget.freed(key, start)
+            taken[key] = end
+            if abs(rest) <= budget.unit[key] / 2:
                 break
-        options.append((abs(left), removed))
+        taken = _settle(budget, budget.removable, taken, left)
+        options.append((abs(left - sum(budget.freed(key, count) for key, count in taken.items())), removed | taken))
     least = min(miss for miss, _ in options)
     return next(removed for miss, removed in options if miss <= least + 1)
 
@@ -203,7 +207,7 @@ def _at_rates(budget: Budget, rates: Mapping[Key, float], target: float) -> dict
                 if key[1] == "attention":
                     removed[key] = max(0, min(limit[key], math.floor(count * rates[key] + 0.5) + shift))
             left = target - sum(budget.freed(key, count) for key, count in removed.items())
-            removed |= _spread_channels(budget, rates, limit, left)
+            removed |= _settle(budget, limit, _spread_channels(budget, rates, limit, left), left)
             miss = abs(target - sum(budget.freed(key, count) for key, count in removed.items()))
             if miss < least - 1e-6:
                 best, least = removed, miss
@@ -237,6 +241,18 @@ def _spread_channels(
             removed[key] += 1
         break
     return removed
+
+
+def _settle(budget: Budget, limit: Mapping[Key, int], channels: dict[Key, int], left: float) -> dict[Key, int]:
+    """Correct `channels` by one a block where blocks that went whole, norm included, freed more than their channels."""
+    miss = left - sum(budget.freed(key, count) for key, count in channels.items())
+    for key, count in channels.items():
+        for other in (count - 1, count + 1):
+            change = budget.freed(key, other) - budget.freed(key, count)
+            if 0 <= other <= limit[key] and abs(miss - change) < abs(miss) - 1e-6:
+                channels[key], miss = other, miss - change
+                break
+    return channels
 
 
 Allocation = Callable[[Budget, Mapping[Key, torch.Tensor]], dict[Key, int]]

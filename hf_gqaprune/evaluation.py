@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from .errors import UsageError, WorkError
 from .text import Text, load_text
@@ -94,8 +97,9 @@ def evaluate_perplexity(
         batch_size: windows per forward pass; by default as many as hold 8,192 tokens.
 
     Raises:
-        UsageError: for a text, `seq_len`, `stride` or `batch_size` that makes no sense, before the model is run.
-        WorkError: where the model gives a window a likelihood that is not finite; names the window.
+        UsageError: for a text, `seq_len`, `stride` or `batch_size` that makes no sense, or a tokenizer that is not the
+            model's; before the model is run.
+        WorkError: where the logits of a window are not finite; names the window.
     """
     limit = int(model.config.max_position_embeddings)
     seq_len = min(2048, limit) if seq_len is None else seq_len
@@ -119,9 +123,17 @@ def evaluate_perplexity(
         least = (seq_len if bos is None else seq_len - 1) if drop_tail else (2 if bos is None else 1)
         raise UsageError(f"the text {text.name} has {len(ids)} tokens, at least {least} are needed to score any")
     tokens = torch.tensor(ids, dtype=torch.long)
+    rows_of_embedding = model.get_input_embeddings().weight.shape[0]
+    if int(tokens.max()) >= rows_of_embedding:
+        raise UsageError(
+            f"token {int(tokens.max())} of {text.name} is beyond the model's {rows_of_embedding} embeddings: "
+            f"this is not the model's tokenizer"
+        )
     nats, scored, done = 0.0, 0, 0
     was_training = model.training
     model.eval()
+    # silent for two seconds, and where nobody watches
+    bar = tqdm(total=len(windows), desc=text.name, unit="window", delay=2, disable=None, leave=False)
     try:
         for batch in _batches(windows, batch_size):
             rows = torch.stack([tokens[start:end] for start, end, _ in batch])  # (windows, text tokens)
@@ -134,13 +146,15 @@ def evaluate_perplexity(
             if len(bad):
                 start, end, _ = batch[int(bad[0])]
                 raise WorkError(
-                    f"window {done + int(bad[0])} of {text.name} (tokens {start} to {end - 1}) has a likelihood that "
-                    f"is not finite: load the model in float32 or bfloat16, or check its weights"
+                    f"window {done + int(bad[0])} of {text.name} (tokens {start} to {end - 1}) has logits that are "
+                    f"not finite: load the model in float32 or bfloat16, or check its weights"
                 )
             nats += float(losses.sum())
             scored += len(rows) * (rows.shape[1] - first)
             done += len(batch)
+            bar.update(len(batch))
     finally:
+        bar.close()
         model.train(was_training)
     if nats / scored > _MOST_NATS:
         raise WorkError(
@@ -185,12 +199,15 @@ def _batches(windows: list[tuple[int, int, int]], size: int) -> Iterator[list[tu
 def _score(model: PreTrainedModel, ids: torch.Tensor, first: int) -> torch.Tensor:
     """Nats of the tokens from position `first` on, summed per window: `ids` (n, length) -> float64 (n,).
 
-    The head sees a few rows at a time: the logits of a batch would take many times the memory of the model.
+    Not finite where any logit of the window is not. The head sees a few rows at a time: the logits of a batch would take
+    many times the memory of the model.
     """
     decoder: Any = model.get_decoder()
     head: Any = model.get_output_embeddings()
     embeddings: Any = model.get_input_embeddings()
-    ids = ids.to(embeddings.weight.device)
+    # offloaded weights are on `meta`; accelerate's hooks then move the ids themselves
+    device = embeddings.weight.device
+    ids = ids.to("cpu" if device.type == "meta" else device)
     hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state  # (n, length, d)
     rows = hidden[:, first - 1 : -1].flatten(0, 1)  # (n * scored, d)
     targets = ids[:, first:].flatten()
@@ -198,7 +215,9 @@ def _score(model: PreTrainedModel, ids: torch.Tensor, first: int) -> torch.Tenso
     losses = []
     for part, target in zip(rows.split(size), targets.split(size), strict=True):
         logits = head(part).float()
-        losses.append(F.cross_entropy(logits, target.to(logits.device), reduction="none").double().cpu())
+        loss = F.cross_entropy(logits, target.to(logits.device), reduction="none")
+        # nan and inf reach the loss by themselves, -inf only where it is the target's
+        losses.append(loss.where(logits.amin(-1).isfinite(), torch.inf).double().cpu())
     return torch.cat(losses).view(len(ids), -1).sum(1)
 
 
@@ -207,8 +226,9 @@ def evaluate_tasks(
     tokenizer: Any,
     tasks: Sequence[str],
     *,
-    include_path: str | None = None,
+    include_path: str | os.PathLike[str] | None = None,
     limit: int | None = None,
+    batch_size: int = 8,
 ) -> dict[str, dict[str, float]]:
     """Run lm-eval tasks.
 
@@ -217,12 +237,13 @@ def evaluate_tasks(
         tasks: names of lm-eval tasks.
         include_path: folder of task YAML files; only these are then known, and nothing is downloaded.
         limit: examples per task.
+        batch_size: requests per forward pass.
 
     Returns:
-        `{task: {metric: value}}`, numbers only.
+        `{task: {metric: value}}`, numbers only; `acc` is lm-eval's `acc,none`, other filters stay in the name.
 
     Raises:
-        UsageError: lm-eval is not installed, or a task that does not exist (named).
+        UsageError: lm-eval is not installed, there is no such folder, or a task that does not exist (named).
     """
     try:
         from lm_eval import simple_evaluate
@@ -230,18 +251,24 @@ def evaluate_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UsageError("tasks are run by lm-eval, which is not installed: pip install lm-eval") from error
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UsageError(f"no such folder of task files: {include_path}")
     manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
     for task in tasks:
         if task not in manager.all_tasks:
             raise _unknown_task(task, manager.all_tasks)
-    harness = HFLM(pretrained=model, tokenizer=tokenizer)
-    found = simple_evaluate(harness, tasks=list(tasks), task_manager=manager, limit=limit)
+    was_training = model.training
+    try:
+        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        found = simple_evaluate(harness, tasks=list(tasks), task_manager=manager, limit=limit)
+    finally:
+        model.train(was_training)
     return {
         task: {
-            # lm-eval's keys are `metric,filter`; the filter is only said where there is one
+            # keys are `metric,filter`; others say how many samples there were and what the task is called
             key.removesuffix(",none"): float(value)
             for key, value in values.items()
-            if isinstance(value, int | float)
+            if "," in key and isinstance(value, int | float)
         }
         for task, values in found["results"].items()
     }
@@ -255,36 +282,10 @@ def _unknown_task(task: str, known: Sequence[str]) -> UsageError:
     return UsageError(f"unknown task {task!r}{hint}; {where}")
 
 
-def _metric_class() -> type:
-    import datasets
-    import evaluate
-
-    class Perplexity(evaluate.Metric):
-        """[`evaluate_perplexity`] as an `evaluate.Metric`: `Perplexity().compute(predictions=texts, model=..., ...)`.
-
-        `predictions` are texts; they are joined by blank lines and scored as one text, so that nothing is averaged
-        over texts of unequal length. Further arguments are those of [`evaluate_perplexity`].
-        """
-
-        def _info(self) -> Any:
-            return evaluate.MetricInfo(
-                description="exp(total nats / scored tokens) over fixed windows",
-                citation="",
-                inputs_description="predictions: texts; model and tokenizer: as loaded",
-                features=datasets.Features({"predictions": datasets.Value("string")}),
-            )
-
-        def _compute(self, predictions: list[str], **options: Any) -> dict[str, Any]:
-            model, tokenizer = options.pop("model"), options.pop("tokenizer")
-            text = Text("predictions", "given", "\n\n".join(predictions))
-            return evaluate_perplexity(model, tokenizer, text, **options).to_dict()
-
-    return Perplexity
-
-
 def __getattr__(name: str) -> Any:
-    # importing `evaluate` takes seconds, so the class is made when it is asked for
+    # importing `evaluate` takes seconds, so the metric is imported when it is asked for
     if name == "Perplexity":
-        globals()[name] = _metric_class()
-        return globals()[name]
+        from .perplexity import Perplexity
+
+        return Perplexity
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

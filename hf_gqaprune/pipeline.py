@@ -39,6 +39,9 @@ class PruneRequest:
     backbone_ratio: float | None = None
     criterion: str | None = None
     allocation: str = "global"
+    rates: tuple[float, ...] | None = None
+    min_kv_heads: int = 1
+    min_ffn: int = 1
     compensation: str = "least_squares"
     calibration: tuple[str, ...] = ()
     samples: int = 128
@@ -93,7 +96,7 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
         plan = PruningPlan.load(request.plan)
         plan.check_model(config)
     else:
-        check_budget(shape, request.ratio, request.backbone_ratio, request.allocation)
+        check_budget(shape, **_budget(request))
     if statistics is not None and statistics.source != shape:
         raise UsageError(f"the statistics in {request.statistics} were collected on a model of other sizes")
     refit = request.compensation != "none" and not planning_only
@@ -128,9 +131,15 @@ def decide(prepared: Prepared, model: PreTrainedModel) -> tuple[PruningPlan, Sta
         if request.save_statistics:
             statistics.save(request.save_statistics)
     plan = prepared.plan or make_plan(
-        statistics, ratio=request.ratio, backbone_ratio=request.backbone_ratio, allocation=request.allocation
+        statistics, **_budget(request)
     )
     return plan, statistics
+
+
+def _budget(request: PruneRequest) -> dict[str, Any]:
+    """The arguments of `make_plan` that say how much goes where."""
+    names = ("ratio", "backbone_ratio", "rates", "allocation", "min_kv_heads", "min_ffn")
+    return {name: getattr(request, name) for name in names}
 
 
 def plan_model(request: PruneRequest) -> PruningPlan:

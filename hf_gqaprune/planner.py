@@ -104,13 +104,24 @@ def check_ratio(
 
 
 def check_budget(
-    source: ModelShape, ratio: float | None, backbone_ratio: float | None, allocation: str = "global"
+    source: ModelShape,
+    *,
+    ratio: float | None = None,
+    backbone_ratio: float | None = None,
+    rates: Sequence[float] | None = None,
+    allocation: str = "global",
+    min_kv_heads: int = 1,
+    min_ffn: int = 1,
 ) -> None:
     """Raise [`UsageError`] for what `make_plan` would refuse of a model of these sizes, without its weights."""
     if allocation not in ALLOCATION_NAMES:
         raise unknown("allocation", allocation, ALLOCATION_NAMES)
-    check_ratio(ratio, backbone_ratio)
-    _check_possible(_budget(source, ratio, backbone_ratio, 1, 1), ratio, backbone_ratio, 1, 1)
+    check_ratio(ratio, backbone_ratio, rates, allocation)
+    budget = _budget(source, ratio, backbone_ratio, min_kv_heads, min_ffn)
+    if rates is not None:
+        allocate_per_layer(budget, rates)
+    else:
+        _check_possible(budget, ratio, backbone_ratio, min_kv_heads, min_ffn)
 
 
 def _budget(

@@ -145,7 +145,7 @@ class Report:
             raise UsageError(f"{path} is not JSON: {error}") from error
 
     def table(self) -> str:
-        """One column per stage, each number with its ratio to the first stage; below, what was measured on."""
+        """One column per stage, each number with its ratio to the first; below, on what it was measured and chosen."""
         stages = self.stages
         rows = [["", *(stage.name for stage in stages)]]
         rows.append(["parameters", *_with_ratios([stage.parameters for stage in stages], ",", "{:.4f}x")])
@@ -165,7 +165,10 @@ class Report:
             for row in rows
         ]
         conditions = [result.conditions() for result in stages[0].perplexity.values()]
-        return "\n".join([*lines, "", *conditions]).rstrip()
+        choice = f"{_removed(self.plan)}; criterion {self.plan['criterion']}, allocation {self.plan['allocation']}"
+        read = ", ".join(f"{source['name']} ({source['split']})" for source in self.calibration)
+        seen = [f"calibrated on {read}"] if read else []
+        return "\n".join([*lines, "", *conditions, *seen, choice])
 
     def plot(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Draw kept KV groups and FFN width per layer beside the perplexities; one PNG of about 1650 x 750 pixels."""
@@ -185,10 +188,7 @@ class Report:
         groups.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
         widths.set_xlabel("layer")
         _draw_perplexities(figure.add_subplot(grid[:, 1]), self.stages)
-        removed = (
-            f"{self.plan['ratio']:.2%} of all parameters removed, {self.plan['backbone_ratio']:.2%} of the backbone"
-        )
-        figure.suptitle(f"{Path(self.model).name}: {removed}")
+        figure.suptitle(f"{Path(self.model).name}: {_removed(self.plan)}")
         handle, scratch = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".png", dir=target.parent)
         os.close(handle)
         try:
@@ -264,6 +264,10 @@ def _with_ratios(values: list[Any], spec: str, ratio: str) -> list[str]:
     return cells + [f"{format(value, spec)} ({ratio.format(value / values[0])})" for value in values[1:]]
 
 
+def _removed(plan: Mapping[str, Any]) -> str:
+    return f"{plan['ratio']:.2%} of all parameters removed, {plan['backbone_ratio']:.2%} of the backbone"
+
+
 def _draw_layers(axes: Axes, plan: Mapping[str, Any], key: str, label: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
@@ -271,25 +275,39 @@ def _draw_layers(axes: Axes, plan: Mapping[str, Any], key: str, label: str) -> N
     axes.bar(layers, [layer[key] for layer in plan["layers_before"]], color="#e4e7eb", label="dense")
     axes.bar(layers, [layer[key] for layer in plan["layers"]], color="#3e4c59", label="kept")
     axes.set_ylabel(label)
+    axes.set_xlim(-0.6, len(layers) - 0.4)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10], integer=True))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_perplexities(axes: Axes, stages: tuple[Stage, ...]) -> None:
-    """Bars by dataset and stage; a logarithmic axis where they differ by more than ten times."""
+    """Bars by dataset and stage with their ratios to the first; a logarithmic axis where they differ tenfold."""
     datasets = list(stages[0].perplexity)
     width = 0.8 / len(stages)
     for index, stage in enumerate(stages):
         values = [stage.perplexity[dataset].value for dataset in datasets]
         places = [i + (index - (len(stages) - 1) / 2) * width for i in range(len(datasets))]
         bars = axes.bar(places, values, width * 0.94, color=_COLOURS[stage.name], label=stage.name)
-        axes.bar_label(bars, [f"{value:.4g}" for value in values], fontsize=8, padding=2)
+        labels = [_figure(value) for value in values]
+        if index:
+            first = [stages[0].perplexity[dataset].value for dataset in datasets]
+            ratios = [value / base for value, base in zip(values, first, strict=True)]
+            labels = [f"{label}\n{_figure(ratio)}x" for label, ratio in zip(labels, ratios, strict=True)]
+        axes.bar_label(bars, labels, fontsize=8, padding=2)
     axes.set_xticks(range(len(datasets)), datasets)
-    axes.set_ylabel("perplexity")
+    # bars of one dataset alone would fill the picture
+    margin = 1.0 if len(datasets) < 2 else 0.5
+    axes.set_xlim(-margin, len(datasets) - 1 + margin)
+    axes.set_ylabel("perplexity, lower is better")
     everything = [result.value for stage in stages for result in stage.perplexity.values()]
     if everything and max(everything) > 10 * min(everything):
         axes.set_yscale("log")
     axes.margins(y=0.1)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(stages), frameon=False)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"

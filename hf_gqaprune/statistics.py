@@ -50,10 +50,10 @@ class Moments:
     gradients: torch.Tensor | None = None
 
     def ridged(self, ridge: float = RIDGE) -> torch.Tensor:
-        """H + ridge * mean(diag H) * I in float64; columns that were never active get a unit diagonal."""
+        """H + ridge * mean(diag H) * I in float64; inputs that were always zero get a ridge that costs nothing."""
         h = self.inputs.double()
         scale = float(h.diagonal().mean())
-        h.diagonal().add_(ridge * scale if scale > 0 else 1.0)
+        h.diagonal().add_(ridge * scale if scale > 0 else 1e-12)
         return h
 
 

@@ -18,8 +18,10 @@ WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 PTB = "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/penn_treebank/{split}/0000.parquet"
 SPLITS = ("train", "test")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+#: files that hold a table, by ending, and the builder of `datasets` that reads them
+TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 #: what ends like this is meant as a file, never as a dataset id
-_FILE_ENDINGS = (".txt", ".md", ".text", ".json", ".jsonl", ".csv", ".parquet")
+_FILE_ENDINGS = (".txt", ".md", ".text", *TABLES)
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Text:
     """One text.
 
     Attributes:
-        name: short name of the dataset, or file name without its ending.
+        name: short name or id of the dataset, or name of the folder or file (without ending).
         split: `train`, `test`, or `file` for a plain file, which is its own split.
         content: the text itself.
     """
@@ -49,11 +51,12 @@ def load_text(source: str, *, split: str, max_chars: int | None = None) -> Text:
         source: one of
             - `wikitext2` (`Salesforce/wikitext`, `wikitext-2-raw-v1`): its lines joined by a blank line, as GPTQ and
               the transformers documentation do,
-            - `ptb` (Penn Treebank, word level): its sentences, one a line,
+            - `ptb` (Penn Treebank, word level): its sentences joined by a blank line, as GPTQ and LLM-Pruner do,
             - `demo`: stories that come with the package,
-            - a plain text file (UTF-8),
-            - a dataset id or local dataset folder as `ORG/NAME[:CONFIG]`: its column `text`, joined by a blank line.
-        split: `train` (calibration, recovery) or `test` (evaluation); a plain file is its own split, `file`.
+            - a text file (UTF-8), taken as it is,
+            - a `.json`, `.jsonl`, `.csv` or `.parquet` file, a dataset id `ORG/NAME[:CONFIG]`, or a dataset folder, also
+              one written by `save_to_disk`: its column `text`, rows joined by a blank line.
+        split: `train` (calibration, recovery) or `test` (evaluation); a file is its own split, `file`.
         max_chars: keep only the first so many characters.
 
     Raises:
@@ -64,14 +67,17 @@ def load_text(source: str, *, split: str, max_chars: int | None = None) -> Text:
         raise unknown("split", split, SPLITS)
     if max_chars is not None and max_chars < 1:
         raise UsageError(f"max_chars={max_chars} must be at least 1")
-    folder, _, config = source.partition(":")
+    path = Path(source)
+    folder, _, config = (source, "", "") if path.is_dir() else source.partition(":")
     if source in NAMED:
         text = Text(source, split, NAMED[source](split))
-    elif Path(source).is_file():
-        text = Text(Path(source).stem, "file", _read(Path(source)))
-    elif (folder and Path(folder).is_dir()) or (_HUB_ID.fullmatch(folder) and not source.endswith(_FILE_ENDINGS)):
-        rows = _column(folder, "text", split, source, name=config or None)
-        text = Text(Path(folder).resolve().name, split, "\n\n".join(rows))
+    elif path.is_file():
+        text = Text(path.stem, "file", _file(path))
+    elif source and Path(folder).is_dir():
+        # the folder's own name: a report says which text it was, not where somebody kept it
+        text = Text(Path(folder).resolve().name, split, _join(_column(folder, split, source, name=config or None)))
+    elif _HUB_ID.fullmatch(folder) and not source.endswith(_FILE_ENDINGS):
+        text = Text(source, split, _join(_column(folder, split, source, name=config or None)))
     elif "/" in source or source.endswith(_FILE_ENDINGS):
         raise UsageError(f"no such file or folder: {source}")
     else:
@@ -85,12 +91,12 @@ def load_text(source: str, *, split: str, max_chars: int | None = None) -> Text:
 
 def _wikitext2(split: str) -> str:
     path, config = WIKITEXT2
-    return "\n\n".join(_column(path, "text", split, "wikitext2", name=config))
+    return _join(_column(path, split, "wikitext2", name=config))
 
 
 def _ptb(split: str) -> str:
     files = {split: PTB.format(split=split)}
-    return "\n".join(_column("parquet", "sentence", split, "ptb", data_files=files))
+    return _join(_column("parquet", split, "ptb", column="sentence", data_files=files))
 
 
 def _demo(split: str) -> str:
@@ -103,30 +109,51 @@ def _demo(split: str) -> str:
 NAMED: dict[str, Callable[[str], str]] = {"wikitext2": _wikitext2, "ptb": _ptb, "demo": _demo}
 
 
-def _read(path: Path) -> str:
+def _file(path: Path) -> str:
+    if path.suffix in TABLES:
+        return _join(_column(TABLES[path.suffix], "file", str(path), data_files={"file": str(path)}))
     try:
-        return path.read_text(encoding="utf-8")
+        # bytes, because text mode would change line ends and with them the hash
+        return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _column(path: str, column: str, split: str, source: str, **options: Any) -> list[str]:
+def _join(rows: list[str]) -> str:
+    return "\n\n".join(rows)
+
+
+def _column(path: str, split: str, source: str, *, column: str = "text", **options: Any) -> list[str]:
     """One text column of a dataset; what goes wrong is told as what the user can do about it."""
     import datasets
     from httpx2 import HTTPError
 
     try:
-        rows = datasets.load_dataset(path, split=split, **options)
+        if _is_saved(Path(path)):
+            loaded = datasets.load_from_disk(path)
+            rows = loaded[split] if isinstance(loaded, dict) else loaded
+        else:
+            rows = datasets.load_dataset(path, split=split, **options)
+    except KeyError:
+        raise UsageError(f"{source} has no split {split!r}; it has: {', '.join(loaded)}") from None
     except (OSError, ValueError, HTTPError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        if split == "file":
+            raise UsageError(f"cannot read {source}: {reason}") from error
+        flag = "--data FILE" if split == "test" else "--calibration FILE, to recover --data FILE"
         raise UsageError(
-            f"cannot load split {split!r} of {source}: {reason}; a text file can be given instead"
+            f"cannot load split {split!r} of {source}: {reason}; a text file can be given instead: {flag}"
         ) from error
     if column not in rows.column_names:
-        raise UsageError(f"dataset {source} has no column {column!r}; it has: {', '.join(rows.column_names)}")
-    texts = rows[column]
+        raise UsageError(f"{source} has no column {column!r}; it has: {', '.join(rows.column_names)}")
+    texts = rows[column][:]
     if not all(isinstance(text, str) for text in texts):
-        raise UsageError(f"column {column!r} of dataset {source} does not hold text: {rows.features[column]}")
-    return list(texts)
+        raise UsageError(f"column {column!r} of {source} does not hold text: {rows.features[column]}")
+    return texts
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of `datasets` wrote the folder; `load_dataset` does not read those."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))

@@ -83,14 +83,16 @@ def test_one_is_singular_and_all_else_plural(test_text: str) -> None:
 def test_later_questions_are_answered_as_told(test_text: str) -> None:
     asked = 0
     for story in test_text.split("\n\n"):
-        for noun, answer in re.findall(r"How many (\w+) did \w+ have in the end\? \w+ had (\w+) \w+\.", story):
-            before = story[: story.index(f"How many {noun} did")]
-            told = re.findall(r"(?:more|of them), so \w+ had ((\w+) (\w+))", before)
-            assert answer in {number for phrase, number, _ in told}
+        for noun, answer in re.findall(r"How many (\w+) did \w+ have in the end\? \w+ had (\w+ \w+)\.", story):
+            told = story[: story.index(f"How many {noun} did")]
+            assert re.search(rf"(?:more|of them), so \w+ had {answer}\b", told)
             asked += 1
-        for item, place, former in re.findall(r"Where was (the [\w ]+)\? The [\w ]+ was ([\w ]+), not ([\w ]+)\.", story):
+        for item, place, former in re.findall(
+            r"Where was (the [\w ]+)\? The [\w ]+ was ([\w ]+), not ([\w ]+)\.", story
+        ):
             assert re.search(
-                rf"put {item} {former}\. Later \w+ carried it away and left it {place}\.", story[: story.index("Where was")]
+                rf"put {item} {former}\. Later \w+ carried it away and left it {place}\.",
+                story[: story.index(f"Where was {item}?")],
             )
             asked += 1
     assert asked > 50

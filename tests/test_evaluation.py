@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_gqaprune import evaluation
+from hf_gqaprune import PrunedLlamaConfig, PrunedLlamaForCausalLM, evaluation
 from hf_gqaprune.errors import UsageError, WorkError
 from hf_gqaprune.evaluation import PerplexityResult, evaluate_perplexity, evaluate_tasks
 from hf_gqaprune.text import Text
@@ -124,6 +124,8 @@ def test_a_file_a_text_and_the_metric_agree(
 ) -> None:
     import evaluate
 
+    from hf_gqaprune import perplexity
+
     (tmp_path / "letters.txt").write_text("one two three\n\nfour five")
     of_file = evaluate_perplexity(llama, tokenizer, str(tmp_path / "letters.txt"), seq_len=8, max_chars=20)
     metric = evaluation.Perplexity()
@@ -132,6 +134,12 @@ def test_a_file_a_text_and_the_metric_agree(
         predictions=["one two three", "four five"], model=llama, tokenizer=tokenizer, seq_len=8, max_chars=20
     )
     assert found == {**of_file.to_dict(), "dataset": "predictions", "split": "given"}
+    # the loader copies the file and takes the class from the copy
+    assert perplexity.__file__ is not None
+    loaded = evaluate.load(perplexity.__file__)
+    assert loaded.compute(predictions=["one two three\n\nfour "], model=llama, tokenizer=tokenizer, seq_len=8) == {
+        **found
+    }
     assert (
         PerplexityResult(**found).conditions().startswith("predictions (given): 20 tokens, seq_len 8, stride 7, BOS")
     )
@@ -159,11 +167,59 @@ def test_a_window_that_is_not_finite_is_named(llama: LlamaForCausalLM, tokenizer
         llama.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids("?")] = math.nan
     place = TEXT.content.index("?")
     window = place // 7
-    message = (
-        rf"window {window} of letters \(tokens {7 * window} to {7 * window + 6}\) has a likelihood that is not finite"
-    )
+    message = rf"window {window} of letters \(tokens {7 * window} to {7 * window + 6}\) has logits that are not finite"
     with pytest.raises(WorkError, match=message):
         evaluate_perplexity(llama, tokenizer, TEXT, seq_len=8)
+
+
+def test_an_infinite_logit_of_any_token_is_not_finite(
+    llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    # -inf at a token that the text does not hold leaves every likelihood finite
+    bias = torch.zeros(259)
+    bias[tokenizer.convert_tokens_to_ids("~")] = -math.inf
+    llama.lm_head.bias = torch.nn.Parameter(bias)
+    with pytest.raises(WorkError, match="window 0 of letters"):
+        evaluate_perplexity(llama, tokenizer, TEXT, seq_len=8)
+
+
+def test_logits_in_several_pieces(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A vocabulary so large that the head is applied to 16 rows at a time."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=2**21, initializer_range=0.5, **sizes)).eval()
+    text = Text("long", "test", TEXT.content[:40])
+    result = evaluate_perplexity(model, tokenizer, text, seq_len=41)
+    ids = torch.tensor([[0, *tokenizer(text.content, add_special_tokens=False)["input_ids"]]])
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss
+    assert result.nats == pytest.approx(float(loss) * 40, rel=1e-5)
+
+
+def test_a_pruned_model(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Layers of unequal size, one without attention and one without FFN: equal to the loss of its own forward pass."""
+    config = PrunedLlamaConfig(
+        **{key: value for key, value in llama.config.to_dict().items() if key != "model_type"},
+        per_layer_config={
+            "0": {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 20},
+            "1": {"skip": ["attention"]},
+            "2": {"skip": ["mlp"]},
+        },
+    )
+    torch.manual_seed(0)
+    model = PrunedLlamaForCausalLM(config).eval()
+    result = evaluate_perplexity(model, tokenizer, TEXT)
+    ids = torch.tensor([tokenizer(TEXT.content)["input_ids"]])
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss
+    assert result.nats == pytest.approx(float(loss) * result.tokens, rel=1e-6)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+    with pytest.raises(UsageError, match="is beyond the model's 50 embeddings: this is not the model's tokenizer"):
+        evaluate_perplexity(model, tokenizer, TEXT)
 
 
 @pytest.mark.parametrize(
@@ -220,6 +276,7 @@ metric_list:
 
 def test_a_local_task(tmp_path: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     folder = str(write_task(tmp_path))
+    llama.train()
     found = evaluate_tasks(llama, tokenizer, ["counting"], include_path=folder, limit=2)
     nats = []
     for choice in ("three", "blue"):
@@ -229,10 +286,13 @@ def test_a_local_task(tmp_path: Path, llama: LlamaForCausalLM, tokenizer: PreTra
             scores = llama(torch.tensor([question + answer])).logits[0].log_softmax(-1)
         nats.append(-sum(float(scores[len(question) + i - 1, token]) for i, token in enumerate(answer)))
     assert found["counting"]["acc"] == float(nats[0] < nats[1])
-    assert all(isinstance(value, float) for value in found["counting"].values())
+    assert found["counting"].keys() == {"acc", "acc_stderr"}
+    assert llama.training
     message = r"unknown task 'countin' \(did you mean 'counting'\?\); allowed: counting"
     with pytest.raises(UsageError, match=message):
         evaluate_tasks(llama, tokenizer, ["countin"], include_path=folder)
+    with pytest.raises(UsageError, match="no such folder of task files: .*/none"):
+        evaluate_tasks(llama, tokenizer, ["counting"], include_path=f"{folder}/none")
 
 
 def test_importing_the_module_and_reading_a_file_imports_nothing_heavy(tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ def drawn_statistics(source: ModelShape, seed: int) -> Statistics:
     return Statistics(source, "random", blocks)
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     shapes(),
     st.floats(0.01, 0.99),

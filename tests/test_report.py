@@ -101,6 +101,9 @@ def test_nothing_is_overwritten(tmp_path: Path, report: Report) -> None:
 
 
 def test_the_table(report: Report) -> None:
+    removed = (
+        f"{report.plan['ratio']:.2%} of all parameters removed, {report.plan['backbone_ratio']:.2%} of the backbone"
+    )
     assert report.table().splitlines() == [
         "                   dense               pruned        recovered",
         "parameters         2,000      1,500 (0.7500x)  1,500 (0.7500x)",
@@ -111,11 +114,15 @@ def test_the_table(report: Report) -> None:
         "",
         f"books (test): 1,000 tokens, seq_len 128, stride 127, BOS, sha256 {'b' * 12}",
         f"wiki (test): 1,000 tokens, seq_len 128, stride 127, BOS, sha256 {'w' * 12}",
+        "calibrated on books (train)",
+        f"{removed}; criterion {report.plan['criterion']}, allocation {report.plan['allocation']}",
     ]
 
 
 def test_the_plot_is_one_png(tmp_path: Path, report: Report) -> None:
     report.plot(tmp_path / "report.png")
+    only_tasks = tuple(replace(stage, perplexity={}) for stage in report.stages)
+    replace(report, stages=only_tasks).plot(tmp_path / "tasks.png")
     data = (tmp_path / "report.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     assert (int.from_bytes(data[16:20]), int.from_bytes(data[20:24])) == (1650, 750)

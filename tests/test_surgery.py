@@ -99,7 +99,7 @@ def assert_consistent(model: PreTrainedModel) -> None:
             assert attention.k_proj.out_features * attention.num_key_value_groups == attention.q_proj.out_features
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_pruned_equals_masked_dense_and_pruning_twice_equals_pruning_once(data: st.DataObject) -> None:
     config = data.draw(configs())

@@ -7,6 +7,7 @@ import io
 import json
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -24,6 +25,12 @@ def dataset(folder: Path, **columns: list[object]) -> Path:
     for split, content in (("train", rows), ("test", rows[::-1])):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     return folder
+
+
+def parquet(**columns: list[str]) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return file.getvalue()
 
 
 def test_a_file_is_its_own_split(tmp_path: Path) -> None:
@@ -49,6 +56,39 @@ def test_a_local_dataset_folder(tmp_path: Path) -> None:
     assert load_text(str(folder), split="test") == Text("letters", "test", "two\n\none")
 
 
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "parquet"])
+def test_a_table_is_a_file_whose_column_text_is_read(tmp_path: Path, ending: str) -> None:
+    table = datasets.Dataset.from_dict({"label": [0, 1], "text": ["one", "two"]})
+    path = tmp_path / f"rows.{ending}"
+    {"json": table.to_json, "jsonl": table.to_json, "csv": table.to_csv, "parquet": table.to_parquet}[ending](path)
+    assert load_text(str(path), split="test") == Text("rows", "file", "one\n\ntwo")
+
+
+def test_a_table_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"')
+    with pytest.raises(UsageError, match=r"cannot read .*rows\.jsonl: ."):
+        load_text(str(tmp_path / "rows.jsonl"), split="test")
+    (tmp_path / "pairs.csv").write_text("question,answer\na,b\n")
+    with pytest.raises(UsageError, match=r"pairs\.csv has no column 'text'; it has: question, answer"):
+        load_text(str(tmp_path / "pairs.csv"), split="test")
+
+
+def test_folders_that_datasets_saved(tmp_path: Path) -> None:
+    one = datasets.Dataset.from_dict({"text": ["one", "two"]})
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": one}).save_to_disk(tmp_path / "split")
+    assert load_text(str(tmp_path / "one"), split="test") == Text("one", "test", "one\n\ntwo")
+    assert load_text(str(tmp_path / "split"), split="train") == Text("split", "train", "one\n\ntwo")
+    with pytest.raises(UsageError, match="split has no split 'test'; it has: train"):
+        load_text(str(tmp_path / "split"), split="test")
+
+
+def test_line_ends_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "dos.txt").write_bytes(b"one\r\ntwo\r\n")
+    text = load_text(str(tmp_path / "dos.txt"), split="test")
+    assert text.sha256 == hashlib.sha256(b"one\r\ntwo\r\n").hexdigest()
+
+
 def test_a_dataset_without_text_lists_its_columns(tmp_path: Path) -> None:
     folder = dataset(tmp_path / "pairs", question=["a"], answer=["b"])
     with pytest.raises(UsageError, match="has no column 'text'; it has: question, answer"):
@@ -57,7 +97,7 @@ def test_a_dataset_without_text_lists_its_columns(tmp_path: Path) -> None:
 
 def test_a_column_that_is_not_text_is_refused(tmp_path: Path) -> None:
     folder = dataset(tmp_path / "numbers", text=[1, 2])
-    with pytest.raises(UsageError, match="column 'text' of dataset .*numbers does not hold text"):
+    with pytest.raises(UsageError, match="column 'text' of .*numbers does not hold text"):
         load_text(str(folder), split="train")
 
 
@@ -71,23 +111,32 @@ def test_a_split_that_a_dataset_lacks_is_refused(tmp_path: Path) -> None:
 def test_wikitext2_joins_its_lines_by_blank_lines(hub: HubServer) -> None:
     path, config = WIKITEXT2
     lines = ["", " = Title = \n", " A sentence . \n"]
-    file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table({"text": lines}), file)
     card = (
         f"---\nconfigs:\n- config_name: {config}\n  data_files:\n  - split: test\n    path: test-*\n---\n"
     ).encode()
     repo = hub.repos[f"datasets/{path}"] = Repo(private=False)
-    files = {"README.md": Blob(card, False), "test-00000-of-00001.parquet": Blob(file.getvalue(), True)}
+    files = {"README.md": Blob(card, False), "test-00000-of-00001.parquet": Blob(parquet(text=lines), True)}
     repo.commit("main", files, "first")
     assert load_text("wikitext2", split="test") == Text("wikitext2", "test", "\n\n".join(lines))
+    by_id = f"{path}:{config}"
+    assert load_text(by_id, split="test") == Text(by_id, "test", "\n\n".join(lines))
+
+
+def test_ptb_joins_its_sentences_by_blank_lines(hub: HubServer) -> None:
+    repo = hub.repos["datasets/ptb-text-only/ptb_text_only"] = Repo(private=False)
+    sentences = ["no it was n't black monday", "some circuit breakers"]
+    files = {"penn_treebank/test/0000.parquet": Blob(parquet(sentence=sentences), True)}
+    repo.commit("refs/convert/parquet", files, "converted")
+    assert load_text("ptb", split="test") == Text("ptb", "test", "\n\n".join(sentences))
 
 
 @pytest.mark.parametrize("source", ["ptb", "nobody/nothing", "nobody/nothing:config"])
 def test_an_absent_dataset_says_that_a_file_can_be_given(hub: HubServer, source: str) -> None:
-    with pytest.raises(
-        UsageError, match=f"cannot load split 'test' of {source}: .*; a text file can be given instead"
-    ):
+    message = f"cannot load split 'test' of {source}: .*; a text file can be given instead: --data FILE"
+    with pytest.raises(UsageError, match=message):
         load_text(source, split="test")
+    with pytest.raises(UsageError, match="a text file can be given instead: --calibration FILE"):
+        load_text(source, split="train")
 
 
 def test_an_unreachable_hub_says_that_a_file_can_be_given(hub: HubServer) -> None:

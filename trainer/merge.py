@@ -88,7 +88,11 @@ def write_adapter_identity(adapter: Path, base: str | Path, folder: Path, base_f
     """Write beside an adapter what weights it was trained on (`folder`), and where they are found (`base`)."""
     plan = (identity.read(folder) or {}).get("plan_hash")
     identity.write(adapter, base_fingerprint=base_fingerprint, plan_hash=plan)
-    write_json(adapter / BASE_FILE, {"base": str(folder.resolve()) if Path(base).exists() else str(base)})
+    local = Path(base).exists()
+    write_json(adapter / BASE_FILE, {"base": str(folder.resolve()) if local else str(base)})
+    # peft wrote where the base lay
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    write_json(adapter / ADAPTER_CONFIG, {**config, "base_model_name_or_path": None if local else str(base)})
 
 
 def write_checkpoint(model: PreTrainedModel, base: Path, output: Path) -> None:

@@ -132,7 +132,7 @@ def lora_targets(model: PreTrainedModel) -> list[str]:
 
 
 def lora_config(model: PreTrainedModel, settings: Settings) -> LoraConfig:
-    """peft's configuration for `model`. It names no base: a local path in it would be published with the adapter."""
+    """peft's configuration for `model`."""
     from peft import LoraConfig
 
     return LoraConfig(

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
 from ..errors import WorkError
@@ -31,6 +33,7 @@ class RecoveryTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, weight: float, finish: Callable[[Path], None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.add_callback(_FiniteGradients())
         self.finish = finish
         self.teacher: Teacher | TeacherCache | None = None
         self.weight = weight
@@ -48,7 +51,7 @@ class RecoveryTrainer(SFTTrainer):
         else:
             loss = self._distilled(model, inputs, self.teacher, num_items_in_batch)
         if not torch.isfinite(loss):
-            raise WorkError(self._not_finite(float(loss), inputs))
+            raise WorkError(self._not_finite(float(loss.detach()), inputs))
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -127,3 +130,20 @@ class RecoveryTrainer(SFTTrainer):
             f"begins {start!r}: lower learning_rate ({self.args.learning_rate})"
             + (f"; {kept.name} is kept" if kept else "")
         )
+
+
+class _FiniteGradients(TrainerCallback):
+    """Stops before the weights are spoilt: a finite loss may well have a gradient that is not."""
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not torch.isfinite(norm):
+            kept = checkpoints.latest(Path(args.output_dir))
+            raise WorkError(
+                f"the gradient is not finite at step {state.global_step + 1}: lower learning_rate ({args.learning_rate})"
+                + (f"; {kept.name} is kept" if kept else "")
+            )

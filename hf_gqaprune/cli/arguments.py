@@ -29,6 +29,22 @@ def ratio(text: str) -> float:
     return value
 
 
+def rates(text: str) -> tuple[float, ...]:
+    """Fractions from 0 to below 1, separated by commas."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.1,0.2,0.3") from None
+    return values
+
+
+def whole(text: str) -> int:
+    """A whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
 def count(text: str) -> int:
     """A whole number from 1."""
     if not text.isdecimal() or int(text) < 1:
@@ -155,13 +171,19 @@ def _budget(group: argparse._ArgumentGroup, *, saved_plan: bool = False) -> None
         budget.add_argument("--plan", metavar="FILE", help="a saved plan")
     budget.add_argument("--ratio", type=ratio, metavar="R", help="fraction of all parameters to remove")
     budget.add_argument("--backbone-ratio", type=ratio, metavar="R", help="fraction of the decoder layers to remove")
+    budget.add_argument("--rates", type=rates, metavar="R,R,...", help="one fraction per layer (allocation per_layer)")
 
 
 def _choices(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--criterion", metavar="C", help="how units are ranked (default: curvature)")
     group.add_argument(
-        "--allocation", default="global", metavar="A", help="how the budget is split over layers (default: %(default)s)"
+        "--allocation", metavar="A", help="how the budget is split over layers: global (default), uniform, per_layer"
     )
+    floors = {"--min-kv-heads": "KV groups", "--min-ffn": "FFN channels"}
+    for flag, unit in floors.items():
+        group.add_argument(
+            flag, type=whole, default=1, metavar="N", help=f"{unit} that every block keeps; 0 lets blocks go (default: 1)"
+        )
 
 
 def _calibration(group: argparse._ArgumentGroup) -> None:
