@@ -132,12 +132,9 @@ def _column(path: str, split: str, source: str, *, column: str = "text", **optio
 
     try:
         if _is_saved(Path(path)):
-            loaded = datasets.load_from_disk(path)
-            rows = loaded[split] if isinstance(loaded, dict) else loaded
+            rows = datasets.load_from_disk(path)
         else:
             rows = datasets.load_dataset(path, split=split, **options)
-    except KeyError:
-        raise UsageError(f"{source} has no split {split!r}; it has: {', '.join(loaded)}") from None
     except (OSError, ValueError, HTTPError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         if split == "file":
@@ -146,6 +143,10 @@ def _column(path: str, split: str, source: str, *, column: str = "text", **optio
         raise UsageError(
             f"cannot load split {split!r} of {source}: {reason}; a text file can be given instead: {flag}"
         ) from error
+    if isinstance(rows, dict):
+        if split not in rows:
+            raise UsageError(f"{source} has no split {split!r}; it has: {', '.join(rows)}")
+        rows = rows[split]
     if column not in rows.column_names:
         raise UsageError(f"{source} has no column {column!r}; it has: {', '.join(rows.column_names)}")
     texts = rows[column][:]

@@ -68,7 +68,7 @@ def test_prompts_carry_no_loss(tokenizer: PreTrainedTokenizerFast, jsonl: Write)
 def test_alpaca_columns_are_put_into_the_usual_words(tokenizer: PreTrainedTokenizerFast, jsonl: Write) -> None:
     rows = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Sing.", "input": "", "output": "La"}]
     data = load(tokenizer, [jsonl("alpaca", rows)], seq_len=400)
-    texts = sorted(tokenizer.batch_decode(data.train["input_ids"], skip_special_tokens=True))
+    texts = sorted(tokenizer.batch_decode(list(data.train["input_ids"]), skip_special_tokens=True))
     assert texts == [
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
         "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n"
@@ -171,7 +171,7 @@ def test_the_seed_decides_order_and_choice(tokenizer: PreTrainedTokenizerFast, t
 def test_a_stream_is_read_no_further_than_needed(tokenizer: PreTrainedTokenizerFast, jsonl: Write) -> None:
     path = jsonl("many", [{"prompt": f"{i}", "completion": "abcdefgh"} for i in range(500)])
     data = load(tokenizer, [path], streaming=True, max_tokens=120)
-    texts = tokenizer.batch_decode(data.train["input_ids"], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(list(data.train["input_ids"]), skip_special_tokens=True)
     assert sorted(texts) == sorted(f"{i}abcdefgh" for i in range(len(texts)))
     assert 10 <= len(texts) <= 12
     lines = jsonl("lines", [{"text": "abcdefghijklmn"}] * 100)
@@ -194,7 +194,7 @@ def test_packed_examples_do_not_see_each_other(
         batch = collator([data.train[i] for i in range(len(data.train))])
         given_ = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
         with torch.no_grad():
-            logits = llama(**given_).logits[:, :-1]
+            logits = llama(**given_, use_cache=False).logits[:, :-1]
         labels = batch["labels"][:, 1:]
         nats[name] = torch.nn.functional.cross_entropy(logits[labels != IGNORED], labels[labels != IGNORED], reduction="sum")
     assert float(nats["packed"]) == pytest.approx(float(nats["alone"]), rel=1e-5)

@@ -122,14 +122,6 @@ def test_wikitext2_joins_its_lines_by_blank_lines(hub: HubServer) -> None:
     assert load_text(by_id, split="test") == Text(by_id, "test", "\n\n".join(lines))
 
 
-def test_ptb_joins_its_sentences_by_blank_lines(hub: HubServer) -> None:
-    repo = hub.repos["datasets/ptb-text-only/ptb_text_only"] = Repo(private=False)
-    sentences = ["no it was n't black monday", "some circuit breakers"]
-    files = {"penn_treebank/test/0000.parquet": Blob(parquet(sentence=sentences), True)}
-    repo.commit("refs/convert/parquet", files, "converted")
-    assert load_text("ptb", split="test") == Text("ptb", "test", "\n\n".join(sentences))
-
-
 @pytest.mark.parametrize("source", ["ptb", "nobody/nothing", "nobody/nothing:config"])
 def test_an_absent_dataset_says_that_a_file_can_be_given(hub: HubServer, source: str) -> None:
     message = f"cannot load split 'test' of {source}: .*; a text file can be given instead: --data FILE"
