@@ -1,9 +1,11 @@
 """Configuration of a Llama whose layers have sizes of their own."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 _SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -27,98 +29,153 @@ class PrunedLlamaConfig(LlamaConfig):
     )
     ```
 
+    Read as an attribute, `per_layer_config[i]` is the complete config of layer `i`. `layer_types` follows from it and
+    is never given. Every query head of a layer belongs to a KV group of `num_attention_heads / num_key_value_heads`.
+
     Args:
         per_layer_config (`dict[int | str, dict]`, *optional*):
             `{layer: {"num_attention_heads": int, "num_key_value_heads": int, "intermediate_size": int, "skip": list}}`.
             `skip` holds `"attention"`, `"mlp"` or both; a skipped block has neither weights nor a norm.
 
     Raises:
-        ValueError: for layers out of range, unknown keys, sizes that are not positive integers, query heads that are
-            not a multiple of the KV heads, and attention skipped in every layer.
+        ValueError: for layers out of range or named twice, unknown keys, sizes that are not positive integers, query
+            heads that are not a multiple of the KV heads, attention skipped in every layer, `layer_types` that say
+            something else, and a `hidden_size` that the heads do not divide where `head_dim` is not given.
     """
 
     model_type = "pruned_llama"
 
-    def __post_init__(self, **kwargs):
-        layers = kwargs.get("per_layer_config")
-        if layers is not None:
-            _check_layers(layers, self.num_hidden_layers)
-            # an attention-free first layer would make the cache report length 0: only layers of type
-            # "full_attention" are asked for it
-            skips = [_skip(layers, index) for index in range(self.num_hidden_layers)]
-            if any("attention" in skip for skip in skips):
-                kwargs["layer_types"] = ["moe" if "attention" in skip else "full_attention" for skip in skips]
+    # the one that @dataclass adds reads every field, and reading a per-layer field from the global config raises
+    __eq__ = PreTrainedConfig.__eq__
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+            _check_size("the model", name, getattr(self, name))
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
+                f"({self.num_attention_heads}): set head_dim"
+            )
+        layer_types = kwargs.pop("layer_types", None)
         super().__post_init__(**kwargs)
         # here too, because errors of validation proper are wrapped in a class that is no ValueError
         self.validate_architecture()
+        if layer_types is not None:
+            _check_layer_types(layer_types, self._derived_layer_types())
 
-    def validate_architecture(self):
+    @property
+    def per_layer_config(self) -> Sequence["PrunedLlamaConfig"]:
+        """The complete config of each layer; assigning a sparse dict of the layers that differ checks it."""
+        return super().per_layer_config
+
+    @per_layer_config.setter
+    def per_layer_config(self, layers: Mapping[int | str, Mapping[str, Any]] | None) -> None:
+        checked = None if layers is None else _checked_layers(layers, self.num_hidden_layers)
+        LlamaConfig.per_layer_config.fset(self, checked)
+        # caches take their length from the first layer of type "full_attention"; without types it is layer 0's, which
+        # stays 0 where that layer has no attention
+        self.__dict__.pop("layer_types", None)
+        layer_types = self._derived_layer_types()
+        if "moe" in layer_types:
+            self.layer_types = layer_types
+        self.validate_architecture()
+
+    def _derived_layer_types(self) -> list[str]:
+        # "moe" is transformers' name for a layer without attention
+        return ["moe" if "attention" in _skip(layer) else "full_attention" for layer in self.per_layer_config]
+
+    def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation: the sizes of every layer."""
-        free = []
+        without_attention = 0
         for index, layer in enumerate(self.per_layer_config):
-            skip = getattr(layer, "skip", ())
+            where, skip = f"layer {index}", _skip(layer)
             if "attention" in skip:
-                free.append(index)
+                without_attention += 1
             else:
                 heads, kv_heads = layer.num_attention_heads, layer.num_key_value_heads
-                _check_size(index, "num_attention_heads", heads)
-                _check_size(index, "num_key_value_heads", kv_heads)
+                _check_size(where, "num_attention_heads", heads)
+                _check_size(where, "num_key_value_heads", kv_heads)
                 if heads % kv_heads:
                     raise ValueError(
-                        f"layer {index}: num_attention_heads ({heads}) is not a multiple of num_key_value_heads "
-                        f"({kv_heads})"
+                        f"{where}: num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})"
                     )
             if "mlp" not in skip:
-                _check_size(index, "intermediate_size", layer.intermediate_size)
-        if len(free) == self.num_hidden_layers:
-            raise ValueError(f"attention is skipped in all {len(free)} layers, which no cache can run: keep one")
+                _check_size(where, "intermediate_size", layer.intermediate_size)
+        if without_attention == self.num_hidden_layers:
+            raise ValueError(f"attention is skipped in all {without_attention} layers, which no cache can run: keep one")
+
+    def validate_rope(self) -> None:
+        """Part of `@strict`-powered validation: the rope parameters, which no layer has of its own."""
+        # transformers computes a fallback for head_dim from the heads even where head_dim is set
+        LlamaConfig.validate_rope(self.per_layer_config[0])
 
 
-def _skip(layers, index):
-    entry = layers.get(index, layers.get(str(index), {}))
-    return {int(k): v for k, v in layers.items()}.get(index, entry).get("skip", ())
+def _skip(layer: PrunedLlamaConfig) -> Sequence[str]:
+    return getattr(layer, "skip", ())
 
 
-def _check_layers(layers, num_layers):
-    """Refuse a malformed `per_layer_config` before transformers reads it."""
+def _checked_layers(layers: Any, num_layers: int) -> dict[int, dict[str, Any]]:
+    """`layers` with integer keys, or a ValueError that says what is wrong, before transformers reads them."""
     if not isinstance(layers, Mapping):
+        size = f" of {len(layers)} entries" if hasattr(layers, "__len__") else ""
         raise ValueError(
-            f"per_layer_config must map layer indices to sizes, got a {type(layers).__name__} of {len(layers)} entries "
-            f"for {num_layers} layers"
+            f"per_layer_config must map layer indices to sizes, got a {type(layers).__name__}{size} for {num_layers} layers"
         )
+    checked: dict[int, dict[str, Any]] = {}
     for key, sizes in layers.items():
-        text = str(key)
-        if isinstance(key, bool) or not text.isdigit() or int(text) >= num_layers:
-            raise ValueError(f"per_layer_config names layer {key!r}, the model has layers 0 to {num_layers - 1}")
+        index = _checked_index(key, num_layers)
+        if index in checked:
+            raise ValueError(f"per_layer_config names layer {index} twice, the second time as {key!r}")
         if not isinstance(sizes, Mapping):
-            raise ValueError(f"layer {text}: per_layer_config must hold a mapping of sizes, got {sizes!r}")
+            raise ValueError(f"layer {index}: per_layer_config must hold a mapping of sizes, got {sizes!r}")
         for name, value in sizes.items():
             if name == "skip":
-                _check_skip(text, value)
+                _check_skip(index, value)
             elif name in _SIZES:
-                _check_size(text, name, value)
+                _check_size(f"layer {index}", name, value)
             else:
-                raise ValueError(f"layer {text}: unknown key {name!r}{_near(name, (*_SIZES, 'skip'))}")
+                raise ValueError(f"layer {index}: unknown key {name!r}{_near(name, (*_SIZES, 'skip'))}")
+        checked[index] = dict(sizes)
+    return checked
 
 
-def _check_skip(layer, value):
-    if isinstance(value, str) or not isinstance(value, (list, tuple, set, frozenset)):
-        raise ValueError(f"layer {layer}: skip must be a list out of {', '.join(_BLOCKS)}, got {value!r}")
+def _checked_index(key: Any, num_layers: int) -> int:
+    # transformers pads keys with zeros ("03"), so that they sort
+    text = str(key)
+    if isinstance(key, bool) or not (text.isascii() and text.isdigit()) or int(text) >= num_layers:
+        raise ValueError(f"per_layer_config names layer {key!r}, the model has layers 0 to {num_layers - 1}")
+    return int(text)
+
+
+def _check_skip(index: int, value: Any) -> None:
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise ValueError(f"layer {index}: skip must be a list out of {', '.join(_BLOCKS)}, got {value!r}")
     for block in value:
         if block not in _BLOCKS:
-            raise ValueError(f"layer {layer}: skip names {block!r}{_near(block, _BLOCKS)}")
+            raise ValueError(f"layer {index}: skip names {block!r}{_near(block, _BLOCKS)}")
 
 
-def _check_size(layer, name, value):
+def _check_size(where: str, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         block = "mlp" if name == "intermediate_size" else "attention"
-        raise ValueError(
-            f"layer {layer}: {name} must be a positive integer, got {value!r}; to leave the block out use "
-            f'"skip": ["{block}"]'
-        )
+        hint = f'; to leave the block out use "skip": ["{block}"]' if where.startswith("layer") else ""
+        raise ValueError(f"{where}: {name} must be a positive integer, got {value!r}{hint}")
 
 
-def _near(name, allowed):
+def _check_layer_types(given: Any, derived: Sequence[str]) -> None:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ValueError(f"layer_types follows from per_layer_config, got {given!r}: leave it out")
+    given = list(given)
+    if len(given) != len(derived):
+        raise ValueError(f"layer_types has {len(given)} entries for {len(derived)} layers: leave it out")
+    for index, (named, actual) in enumerate(zip(given, derived, strict=True)):
+        if named != actual:
+            raise ValueError(
+                f"layer {index}: layer_types says {named!r}, per_layer_config makes it {actual!r}: leave layer_types out"
+            )
+
+
+def _near(name: Any, allowed: Sequence[str]) -> str:
     near = difflib.get_close_matches(str(name), allowed, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return f"{hint}; allowed: {', '.join(allowed)}"

@@ -2,16 +2,18 @@
 
 import json
 import os
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaForCausalLM,
@@ -38,7 +40,9 @@ AUTO_MAP = {
 
 
 class PrunedLlamaDecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: PrunedLlamaConfig, layer_idx: int):
+    """A Llama layer with the sizes of layer `layer_idx`; a skipped block is None and has no norm."""
+
+    def __init__(self, config: PrunedLlamaConfig, layer_idx: int) -> None:
         super().__init__()
         sizes = config.per_layer_config[layer_idx]
         skip = getattr(sizes, "skip", ())
@@ -89,37 +93,59 @@ class PrunedLlamaPreTrainedModel(LlamaPreTrainedModel):
     _no_split_modules = ["PrunedLlamaDecoderLayer"]
     _can_record_outputs = {"hidden_states": PrunedLlamaDecoderLayer, "attentions": LlamaAttention}
     #: content of prune_plan.json, None for a model that was built without one
-    prune_plan = None
+    prune_plan: dict[str, Any] | None = None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As in transformers; `prune_plan` is read from the file beside the weights, if there is one."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        if pretrained_model_name_or_path is None:
-            return loaded
         # with output_loading_info=True a tuple comes back
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        where = {k: kwargs[k] for k in ("cache_dir", "revision", "subfolder", "token", "local_files_only") if k in kwargs}
-        path = cached_file(
-            pretrained_model_name_or_path, PLAN_FILE, _raise_exceptions_for_missing_entries=False, **where
-        )
-        if path is not None:
-            with open(path, encoding="utf-8") as stream:
-                model.prune_plan = json.load(stream)
+        if pretrained_model_name_or_path is not None:
+            keys = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+            path = cached_file(
+                # the base model where the folder of an adapter was named
+                model.config.name_or_path,
+                PLAN_FILE,
+                **{key: kwargs[key] for key in keys if key in kwargs},
+                # optional: the weights may be in the cache without it and the Hub out of reach
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            if path is not None:
+                with open(path, encoding="utf-8") as stream:
+                    model.prune_plan = json.load(stream)
         return loaded
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        # each class alone would add only its own entry; servers look for AutoModel whatever was saved
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in transformers; ships the two model files, names every Auto class, and writes `prune_plan`."""
+        # a class would add only its own entry; servers look for AutoModel whatever was saved
         self.config.auto_map = dict(AUTO_MAP)
-        # a plan on disk means a complete checkpoint: it is written after the weights
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if self.prune_plan is not None and kwargs.get("is_main_process", True):
-            with open(os.path.join(save_directory, PLAN_FILE), "w", encoding="utf-8") as stream:
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        # after the weights: a plan on disk means a complete checkpoint
+        if is_main_process:
+            self._save_plan(save_directory)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        # save_pretrained(push_to_hub=True) uploads before it comes back
+        self._save_plan(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _save_plan(self, folder: str | os.PathLike[str]) -> None:
+        path = os.path.join(folder, PLAN_FILE)
+        if self.prune_plan is not None:
+            with open(path, "w", encoding="utf-8") as stream:
                 json.dump(self.prune_plan, stream, indent=2)
                 stream.write("\n")
+        elif os.path.exists(path):
+            # it belongs to the weights that were overwritten
+            os.remove(path)
 
 
 class PrunedLlamaModel(PrunedLlamaPreTrainedModel, LlamaModel):
-    def __init__(self, config: PrunedLlamaConfig):
+    def __init__(self, config: PrunedLlamaConfig) -> None:
         # Llama's own __init__ would build the dense layers
         PrunedLlamaPreTrainedModel.__init__(self, config)
         self.padding_idx = config.pad_token_id
@@ -129,13 +155,37 @@ class PrunedLlamaModel(PrunedLlamaPreTrainedModel, LlamaModel):
             [PrunedLlamaDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        # some rope types read the number of heads, which only a layer's config has; the result depends on head_dim alone
+        self.rotary_emb = LlamaRotaryEmbedding(config=config.per_layer_config[0])
         self.gradient_checkpointing = False
         self.post_init()
 
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        if isinstance(past_key_values, DynamicCache) and not past_key_values.layers:
+            # made without a config, it would take its length from layer 0, which may have no attention
+            past_key_values.layers = DynamicCache(config=self.config).layers
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
 
 class PrunedLlamaForCausalLM(PrunedLlamaPreTrainedModel, LlamaForCausalLM):
-    def __init__(self, config: PrunedLlamaConfig):
+    def __init__(self, config: PrunedLlamaConfig) -> None:
         PrunedLlamaPreTrainedModel.__init__(self, config)
         self.model = PrunedLlamaModel(config)
         self.vocab_size = config.vocab_size
@@ -143,14 +193,38 @@ class PrunedLlamaForCausalLM(PrunedLlamaPreTrainedModel, LlamaForCausalLM):
         self.post_init()
 
 
-class PrunedLlamaForSequenceClassification(GenericForSequenceClassification, PrunedLlamaPreTrainedModel): ...
+# The generic heads ask AutoModel for the backbone, which knows it only where hf_gqaprune is imported: not where this
+# file came with a checkpoint. Hence an __init__ each; the heads are Llama's.
 
 
-class PrunedLlamaForTokenClassification(GenericForTokenClassification, PrunedLlamaPreTrainedModel): ...
+class PrunedLlamaForSequenceClassification(GenericForSequenceClassification, PrunedLlamaPreTrainedModel):
+    def __init__(self, config: PrunedLlamaConfig) -> None:
+        PrunedLlamaPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = PrunedLlamaModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class PrunedLlamaForTokenClassification(GenericForTokenClassification, PrunedLlamaPreTrainedModel):
+    def __init__(self, config: PrunedLlamaConfig) -> None:
+        PrunedLlamaPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = PrunedLlamaModel(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
 
 
 class PrunedLlamaForQuestionAnswering(GenericForQuestionAnswering, PrunedLlamaPreTrainedModel):
-    base_model_prefix = "transformer"  # as in Llama
+    # not Llama's "transformer", with which it would not find the backbone in a causal LM's checkpoint
+
+    def __init__(self, config: PrunedLlamaConfig) -> None:
+        PrunedLlamaPreTrainedModel.__init__(self, config)
+        self.model = PrunedLlamaModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
 
 
 __all__ = [
@@ -163,14 +237,14 @@ __all__ = [
 ]
 
 
-def register():
+def register() -> None:
     """Make the Auto classes know these classes, and `save_pretrained` ship this file and the configuration's."""
     import transformers
 
     PrunedLlamaConfig.register_for_auto_class()
-    transformers.AutoConfig.register(PrunedLlamaConfig.model_type, PrunedLlamaConfig)
+    transformers.AutoConfig.register(PrunedLlamaConfig.model_type, PrunedLlamaConfig, exist_ok=True)
     for auto_name, path in AUTO_MAP.items():
         if auto_name != "AutoConfig":
             model_class = globals()[path.rpartition(".")[2]]
             model_class.register_for_auto_class(auto_name)
-            getattr(transformers, auto_name).register(PrunedLlamaConfig, model_class)
+            getattr(transformers, auto_name).register(PrunedLlamaConfig, model_class, exist_ok=True)

@@ -17,7 +17,10 @@ from hf_gqaprune import Calibration, UsageError
 from hf_gqaprune.trainer.data import IGNORED, Row, TrainingData, _token_shares, load_data
 from hf_gqaprune.trainer.presets import resolve
 
-TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 Write = Callable[..., str]
 
@@ -42,7 +45,9 @@ def text(tmp_path: Path) -> Write:
     return write
 
 
-def load(tokenizer: Any, sources: list[str], *, evaluation: tuple[str, ...] = (), seed: int = 0, **changes: Any) -> TrainingData:
+def load(
+    tokenizer: Any, sources: list[str], *, evaluation: tuple[str, ...] = (), seed: int = 0, **changes: Any
+) -> TrainingData:
     defaults = {"seq_len": 16, "held_out_tokens": 0, "max_tokens": None, "packing": False}
     settings = resolve("default", {**defaults, **changes})
     return load_data(tokenizer, sources, settings, seed=seed, evaluation=evaluation)
@@ -66,7 +71,10 @@ def test_prompts_carry_no_loss(tokenizer: PreTrainedTokenizerFast, jsonl: Write)
 
 
 def test_alpaca_columns_are_put_into_the_usual_words(tokenizer: PreTrainedTokenizerFast, jsonl: Write) -> None:
-    rows = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Sing.", "input": "", "output": "La"}]
+    rows = [
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Sing.", "input": "", "output": "La"},
+    ]
     data = load(tokenizer, [jsonl("alpaca", rows)], seq_len=400)
     texts = sorted(tokenizer.batch_decode(list(data.train["input_ids"]), skip_special_tokens=True))
     assert texts == [
@@ -196,5 +204,7 @@ def test_packed_examples_do_not_see_each_other(
         with torch.no_grad():
             logits = llama(**given_, use_cache=False).logits[:, :-1]
         labels = batch["labels"][:, 1:]
-        nats[name] = torch.nn.functional.cross_entropy(logits[labels != IGNORED], labels[labels != IGNORED], reduction="sum")
+        nats[name] = torch.nn.functional.cross_entropy(
+            logits[labels != IGNORED], labels[labels != IGNORED], reduction="sum"
+        )
     assert float(nats["packed"]) == pytest.approx(float(nats["alone"]), rel=1e-5)

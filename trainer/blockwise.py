@@ -92,9 +92,15 @@ class _Walk:
         trained = [p for p in getattr(layer, name).parameters() if p.requires_grad]
         before = after = None
         if trained:
+            start = [parameter.detach().clone() for parameter in trained]
             before = self._distance(run)
             self._descend(run, trained, rate, epochs, generator)
             after = self._distance(run)
+            if not after < before:
+                # a block that already fits has only noise to follow
+                for parameter, value in zip(trained, start, strict=True):
+                    parameter.data.copy_(value)
+                after = before
         with torch.no_grad():
             self.stream = self._map(run, self.stream)
         return before or 0.0, after

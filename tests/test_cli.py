@@ -1,0 +1,155 @@
+"""The command line as a user meets it: what is refused, in one line and before any work, and what each verb does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config
+
+import hf_gqaprune as gp
+from hf_gqaprune import identity
+from hf_gqaprune.cli import main
+
+TEXT = "the quick brown fox jumps over the lazy dog, and then it counts: one two three four five. " * 60
+
+
+@pytest.fixture
+def model(tmp_path: Path, llama, tokenizer) -> Path:
+    llama.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *line: object) -> str:
+    """Run a command that must be refused; return its one line."""
+    assert main([str(word) for word in line]) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1, told
+    assert told[0].startswith("gqaprune: ")
+    return told[0]
+
+
+@pytest.mark.parametrize("ratio", ["0", "1", "-1", "abc", "nan"])
+def test_a_ratio_that_is_none(capsys, tmp_path, model, ratio):
+    assert repr(ratio) in refused(capsys, "plan", model, f"--ratio={ratio}", "-o", tmp_path / "plan.json")
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_ratio_above_what_is_possible(capsys, tmp_path, model, text):
+    told = refused(capsys, "prune", model, "--ratio", "0.95", "--calibration", text, "-o", tmp_path / "out")
+    assert "ratio=0.95" in told and "at most" in told and "--min-kv-heads" in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--criterion", "tailor"], "'tailor' (did you mean 'taylor'?)"),
+        (["--allocation", "globl"], "'globl' (did you mean 'global'?)"),
+        (["--compensation", "least_square"], "did you mean 'least_squares'"),
+        (["--samples", "100000"], "100000 are asked for"),
+        (["--seq-len", "4096"], "128 positions"),
+        (["--frobnicate"], "--frobnicate"),
+        (["--calibration", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_choices_that_do_not_exist(capsys, tmp_path, model, text, flags, said):
+    line = ["prune", model, "--backbone-ratio", "0.3", "--calibration", text, "--samples", "8", "--seq-len", "32"]
+    assert said in refused(capsys, *line, "-o", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content, said", [("", "is empty"), ("  \n", "is empty"), ("short", "fewer than one window")])
+def test_text_that_is_too_little(capsys, tmp_path, model, content, said):
+    path = tmp_path / "little.txt"
+    path.write_text(content)
+    assert said in refused(capsys, "prune", model, "--ratio", "0.2", "--calibration", path, "-o", tmp_path / "out")
+
+
+def test_models_that_are_none(capsys, tmp_path, text):
+    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "empty").mkdir()
+    for place, said in (("gpt2", "'gpt2' is not a Llama-shaped model"), ("empty", "config.json"), ("gone", "gone")):
+        line = ["prune", tmp_path / place, "--ratio", "0.2", "--calibration", text, "-o", tmp_path / "out"]
+        assert said in refused(capsys, *line)
+
+
+def test_an_output_that_exists_is_not_touched(capsys, tmp_path, model, text):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    line = ["prune", model, "--ratio", "0.2", "--calibration", text, "-o", tmp_path / "out"]
+    assert "exists already" in refused(capsys, *line)
+    assert (tmp_path / "out" / "mine").read_text() == "mine"
+
+
+def test_recipes_that_are_none(capsys, tmp_path):
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("model: demo\noutput: out\nprune: {ratoi: 0.2}\n")
+    assert "prune.ratoi" in (told := refused(capsys, "run", wrong)) and "prune.ratio" in told
+    wrong.write_text("- 1\n- 2\n")
+    assert "not a mapping" in refused(capsys, "run", wrong)
+    assert "demo" in refused(capsys, "run", "dmeo")
+    assert "plan" in refused(capsys, "plna")
+
+
+def test_plan_needs_only_a_config_where_chance_decides(capsys, tmp_path, llama):
+    llama.config.save_pretrained(tmp_path / "config")
+    line = ["plan", str(tmp_path / "config"), "--backbone-ratio", "0.3", "--criterion", "random"]
+    assert main([*line, "-o", str(tmp_path / "plan.json")]) == 0
+    assert main([*line, "-o", str(tmp_path / "again.json")]) == 0
+    assert (tmp_path / "plan.json").read_bytes() == (tmp_path / "again.json").read_bytes()
+    assert "of the backbone" in capsys.readouterr().out
+
+
+def test_rates_and_floors(capsys, tmp_path, model):
+    line = ["plan", str(model), "--criterion", "magnitude", "-o", str(tmp_path / "plan.json")]
+    assert main([*line, "--rates", "0.5,0.25,0"]) == 0
+    plan = gp.PruningPlan.load(tmp_path / "plan.json")
+    assert [len(layer.kv_groups) for layer in plan.layers] == [2, 3, 4]
+    assert plan.target.layers[2] == plan.source.layers[2]
+    assert main([*line, "--ratio", "0.3", "--min-kv-heads", "3", "--overwrite"]) == 0
+    assert min(len(layer.kv_groups) for layer in gp.PruningPlan.load(tmp_path / "plan.json").layers) >= 3
+    assert "2 rates for a model of 3 layers" in refused(capsys, *line, "--rates", "0.1,0.2", "--overwrite")
+
+
+def test_prune_eval_card_and_dry_push(capsys, tmp_path, model, text):
+    sizes = ["--calibration", str(text), "--samples", "16", "--seq-len", "32"]
+    statistics = str(tmp_path / "statistics")
+    one, two, three = (str(tmp_path / name) for name in ("one", "two", "three"))
+    line = ["prune", str(model), "--backbone-ratio", "0.3"]
+    assert main([*line, *sizes, "--save-statistics", statistics, "-o", one]) == 0
+    assert main([*line, "--statistics", statistics, "-o", two]) == 0
+    plan = str(Path(one) / "prune_plan.json")
+    assert main(["prune", str(model), "--plan", plan, "--statistics", statistics, "-o", three]) == 0
+    capsys.readouterr()
+    assert identity.fingerprint(one) == identity.fingerprint(two) == identity.fingerprint(three)
+    assert identity.read(one)["plan_hash"] == gp.PruningPlan.load(plan).hash()
+    loaded = AutoModelForCausalLM.from_pretrained(one)
+    assert isinstance(loaded, gp.PrunedLlamaForCausalLM) and loaded.prune_plan == json.loads(Path(plan).read_text())
+    assert bool(torch.isfinite(loaded(torch.arange(10)[None]).logits).all())
+    assert main(["eval", str(model), one, "--data", str(text), "--seq-len", "32", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert [entry["perplexity"][0]["tokens"] for entry in measured.values()] == [len(TEXT)] * 2
+    assert main(["card", one, "--base-model", str(model), "--license", "apache-2.0"]) == 0
+    assert main(["push", one, "org/small", "--dry-run"]) == 0
+    assert "model.safetensors" in capsys.readouterr().out
+
+
+def test_recipes_and_env(capsys, tmp_path):
+    assert main(["recipes", "ls"]) == 0
+    assert "demo" in capsys.readouterr().out
+    assert main(["recipes", "cp", "demo", str(tmp_path / "mine.yaml")]) == 0
+    assert main(["recipes", "show", "demo"]) == 0
+    assert (tmp_path / "mine.yaml").read_text() in capsys.readouterr().out
+    assert main(["env"]) == 0
+    assert "transformers" in capsys.readouterr().out

@@ -1,0 +1,59 @@
+"""Recipes: what is read is what was written, and what is malformed is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_gqaprune.errors import UsageError
+from hf_gqaprune.recipe import Recipe, builtin_names
+
+MINIMAL = "model: m\noutput: o\nprune: {ratio: 0.2}\n"
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.mark.parametrize("name", builtin_names())
+def test_built_in_recipes_load_and_round_trip(name, tmp_path):
+    recipe = Recipe.load(name, ["model=some/model"])
+    path = tmp_path / "copy.yaml"
+    path.write_text(recipe.to_yaml())
+    assert Recipe.load(path) == recipe
+
+
+def test_overrides_are_typed_and_the_two_ratios_exclude_each_other(recipe_file):
+    recipe = Recipe.load(recipe_file, ["prune.backbone_ratio=0.3", "seed=7", "recover=null", "evaluate.data=[a, b]"])
+    assert (recipe.prune.ratio, recipe.prune.backbone_ratio, recipe.seed, recipe.recover) == (None, 0.3, 7, None)
+    assert recipe.evaluate.data == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("prune.ratoi=0.2", "prune.ratio"),
+        ("sed=1", "seed"),
+        ("seed=one", "a whole number"),
+        ("prune.ratio=high", "a number"),
+        ("calibration=3", "must be a mapping"),
+        ("prune.ratio", "KEY=VALUE"),
+        ("prune.ratio=null", "exactly one"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(recipe_file, override, said):
+    with pytest.raises(UsageError, match=said):
+        Recipe.load(recipe_file, [override])
+
+
+def test_what_is_published_names_no_path(tmp_path):
+    (tmp_path / "text.txt").write_text("x")
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model: {tmp_path}/model\noutput: {tmp_path}/out\nprune: {{ratio: 0.2}}\n"
+        f"calibration: {{data: [{tmp_path}/text.txt]}}\nrecover: {{data: [{tmp_path}/text.txt]}}\n"
+    )
+    assert str(tmp_path) not in Recipe.load(path).without_paths().to_yaml()
