@@ -19,7 +19,7 @@ from .errors import UsageError, WorkError
 from .text import Text, load_text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 #: tokens in one forward pass, and logits held at once (128 MiB in float32), whatever the vocabulary
 _TOKENS_PER_BATCH = 8192
@@ -101,13 +101,7 @@ def evaluate_perplexity(
             model's; before the model is run.
         WorkError: where the logits of a window are not finite; names the window.
     """
-    limit = int(model.config.max_position_embeddings)
-    seq_len = min(2048, limit) if seq_len is None else seq_len
-    if not 2 <= seq_len <= limit:
-        raise UsageError(f"seq_len={seq_len} must be from 2 to {limit}, the model's max_position_embeddings")
-    stride = seq_len - 1 if stride is None else stride
-    if not 1 <= stride < seq_len:
-        raise UsageError(f"stride={stride} must be from 1 to {seq_len - 1} text tokens for seq_len={seq_len}")
+    seq_len, stride = window(model.config, seq_len, stride)
     batch_size = max(1, _TOKENS_PER_BATCH // seq_len) if batch_size is None else batch_size
     if batch_size < 1:
         raise UsageError(f"batch_size={batch_size} must be at least 1")
@@ -171,6 +165,18 @@ def evaluate_perplexity(
         bos=bos is not None,
         text_sha256=text.sha256,
     )
+
+
+def window(config: PreTrainedConfig, seq_len: int | None, stride: int | None) -> tuple[int, int]:
+    """`seq_len` and `stride`, defaults filled in. Raises [`UsageError`] where a model of `config` cannot run them."""
+    limit = int(config.max_position_embeddings)
+    seq_len = min(2048, limit) if seq_len is None else seq_len
+    if not 2 <= seq_len <= limit:
+        raise UsageError(f"seq_len={seq_len} must be from 2 to {limit}, the model's max_position_embeddings")
+    stride = seq_len - 1 if stride is None else stride
+    if not 1 <= stride < seq_len:
+        raise UsageError(f"stride={stride} must be from 1 to {seq_len - 1} text tokens for seq_len={seq_len}")
+    return seq_len, stride
 
 
 def _windows(count: int, seq_len: int, stride: int, bos: bool, drop_tail: bool) -> list[tuple[int, int, int]]:
@@ -245,18 +251,10 @@ def evaluate_tasks(
     Raises:
         UsageError: lm-eval is not installed, there is no such folder, or a task that does not exist (named).
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UsageError("tasks are run by lm-eval, which is not installed: pip install lm-eval") from error
-    if include_path is not None and not Path(include_path).is_dir():
-        raise UsageError(f"no such folder of task files: {include_path}")
-    manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
-    for task in tasks:
-        if task not in manager.all_tasks:
-            raise _unknown_task(task, manager.all_tasks)
+    manager = task_manager(tasks, include_path)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     was_training = model.training
     try:
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
@@ -272,6 +270,21 @@ def evaluate_tasks(
         }
         for task, values in found["results"].items()
     }
+
+
+def task_manager(tasks: Sequence[str], include_path: str | os.PathLike[str] | None = None) -> Any:
+    """lm-eval's `TaskManager`, knowing every one of `tasks`. Raises [`UsageError`] as `evaluate_tasks`."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UsageError("tasks are run by lm-eval, which is not installed: pip install lm-eval") from error
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UsageError(f"no such folder of task files: {include_path}")
+    manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            raise _unknown_task(task, manager.all_tasks)
+    return manager
 
 
 def _unknown_task(task: str, known: Sequence[str]) -> UsageError:

@@ -108,9 +108,8 @@ class PrunedLlamaPreTrainedModel(LlamaPreTrainedModel):
                 model.config.name_or_path,
                 PLAN_FILE,
                 **{key: kwargs[key] for key in keys if key in kwargs},
-                # optional: the weights may be in the cache without it and the Hub out of reach
+                # a checkpoint may have none, and an offline cache may lack it; a failing Hub still raises
                 _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
             )
             if path is not None:
                 with open(path, encoding="utf-8") as stream:

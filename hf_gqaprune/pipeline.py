@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from . import identity
 from .errors import UsageError, WorkError, unknown
 from .files import new_folder, refuse_existing, write_json, write_text
-from .recipe import Recipe
+from .recipe import Recipe, RecoverRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,7 +80,7 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
     from .planner import check_budget
     from .statistics import Statistics
     from .surgery import COMPENSATIONS
-    from .trainer.models import load_config, load_tokenizer, local_folder
+    from .trainer.models import check_weights, load_config, load_tokenizer, local_folder
 
     statistics = Statistics.load(request.statistics) if request.statistics else None
     criterion = request.criterion or (statistics.criterion if statistics else DEFAULT)
@@ -91,6 +91,8 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
     folder = local_folder(request.model)
     config = load_config(folder)
     shape = ModelShape.from_config(config)
+    if not (planning_only and criterion == "random"):
+        check_weights(folder)
     plan = None
     if request.plan is not None:
         plan = PruningPlan.load(request.plan)
@@ -181,52 +183,65 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> str
         WorkError: a stage failed; finished ones stay in the output folder.
     """
     folder = Path(recipe.output)
-    _open(folder, resume, overwrite)
+    _check_output(folder, resume, overwrite)
     request = _request(recipe)
     prepared = prepare(request)
-    _check_texts(recipe, prepared)
+    _check_evaluation(recipe, prepared)
+    _check_recovery(recipe, prepared)
+    if folder.exists() and not resume:
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stages = _Stages(folder)
     write_text(folder / "recipe.yaml", recipe.without_paths().to_yaml())
     base = {"model": recipe.model, "seed": recipe.seed, "calibration": recipe.calibration, "prune": recipe.prune}
-    stages.do(PRUNED, base, lambda: _prune(request, folder))
+    stages.do(PRUNED, base, lambda _: _prune(request, folder))
     final = PRUNED
     if recipe.recover is not None:
         base["recover"] = recipe.recover
-        stages.do(RECOVERED, base, lambda: _recover(recipe, folder))
+        stages.do(RECOVERED, base, lambda again: _recover(recipe, folder, again))
         final = RECOVERED
     base["evaluate"] = recipe.evaluate
-    stages.do(REPORT, base, lambda: _report(recipe, folder, prepared, final))
+    stages.do(REPORT, base, lambda _: _report(recipe, folder, prepared, final))
     return _publish(recipe, folder, final)
 
 
 class _Stages:
-    """Which stages are done, and from which part of the recipe: `run.json`."""
+    """Which stages were begun and done, and from which part of the recipe: `run.json`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / STATE
-        self.done: dict[str, str] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        state = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {"begun": {}, "done": {}}
+        self.begun: dict[str, str] = state["begun"]
+        self.done: dict[str, str] = state["done"]
 
-    def do(self, name: str, inputs: dict[str, Any], work: Callable[[], Any]) -> None:
-        """Run `work`, which writes `name`, unless it is there and was made from the same `inputs`."""
-        digest = hashlib.sha256(repr(sorted(inputs.items(), key=lambda item: item[0])).encode()).hexdigest()
+    def do(self, name: str, inputs: dict[str, Any], work: Callable[[bool], Any]) -> None:
+        """Run `work`, which writes `name`, unless it is there and was made from the same `inputs`.
+
+        `work` is told whether what an interrupted attempt left behind was made from the same inputs, too.
+        """
+        digest = hashlib.sha256(repr(sorted(inputs.items())).encode()).hexdigest()
         if self.done.get(name) == digest and (self.folder / name).exists():
             print(f"{name}: kept", flush=True)
             return
         print(f"{name}: working", flush=True)
-        work()
+        again = self.begun.get(name) == digest
+        self.begun[name] = digest
+        self.done.pop(name, None)
+        self._write()
+        work(again)
         self.done[name] = digest
-        write_json(self.path, self.done)
+        self._write()
+
+    def _write(self) -> None:
+        write_json(self.path, {"begun": self.begun, "done": self.done})
 
 
-def _open(folder: Path, resume: bool, overwrite: bool) -> None:
-    if not folder.exists() or resume:
-        return
-    refuse_existing(folder, overwrite)
-    if any(folder.iterdir()) and not (folder / "recipe.yaml").exists():
+def _check_output(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that would be replaced without being asked, or that no run has written."""
+    refuse_existing(folder, overwrite or resume)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "recipe.yaml").exists()):
         raise UsageError(f"{folder} is not the output of a run: choose another output")
-    shutil.rmtree(folder)
 
 
 def _request(recipe: Recipe) -> PruneRequest:
@@ -245,14 +260,49 @@ def _request(recipe: Recipe) -> PruneRequest:
     )
 
 
-def _check_texts(recipe: Recipe, prepared: Prepared) -> None:
+def _check_evaluation(recipe: Recipe, prepared: Prepared) -> None:
     """Load what will be evaluated on, and refuse what calibration has seen."""
+    from .evaluation import task_manager, window
     from .report import refuse_overlap
     from .text import load_text
+    from .trainer.models import load_config
 
-    texts = [load_text(name, split="test") for name in recipe.evaluate.data]
+    evaluate = recipe.evaluate
+    window(load_config(prepared.folder), evaluate.seq_len, evaluate.stride)
+    texts = [load_text(name, split="test") for name in evaluate.data]
     used = prepared.calibration.record() if prepared.calibration else []
     refuse_overlap(used, [{"name": t.name, "split": t.split, "sha256": t.sha256} for t in texts])
+    if evaluate.tasks:
+        task_manager(evaluate.tasks)
+
+
+def _check_recovery(recipe: Recipe, prepared: Prepared) -> None:
+    """Refuse a recovery that could not start; what is pruned has the positions and the vocabulary of the dense model."""
+    from .trainer.data import load_data
+    from .trainer.models import load_tokenizer
+    from .trainer.request import make_request
+
+    if recipe.recover is None:
+        return
+    arguments = _recovery(recipe, recipe.recover)
+    request = make_request(prepared.folder, output=Path(recipe.output) / RECOVERED, **arguments)
+    if not request.settings.streaming:
+        load_data(
+            load_tokenizer(prepared.folder), request.data, request.settings, seed=request.seed, evaluation=request.evaluation
+        )
+
+
+def _recovery(recipe: Recipe, recover: RecoverRecipe) -> dict[str, Any]:
+    """The arguments of `launch` and of `make_request` that a recipe gives."""
+    given = {"max_tokens": recover.max_tokens, "seq_len": recover.seq_len}
+    return {
+        "data": recover.data,
+        "preset": recover.preset,
+        "seed": recipe.seed,
+        "teacher": recipe.model if recover.distill else None,
+        "evaluation": recipe.evaluate.data,
+        **{name: value for name, value in given.items() if value is not None},
+    }
 
 
 def _prune(request: PruneRequest, folder: Path) -> None:
@@ -261,25 +311,18 @@ def _prune(request: PruneRequest, folder: Path) -> None:
     print(plan, flush=True)
 
 
-def _recover(recipe: Recipe, folder: Path) -> None:
+def _recover(recipe: Recipe, folder: Path, again: bool) -> None:
     from .trainer.recover import launch
 
     recover = recipe.recover
     if recover is None:
         raise WorkError("the recipe has no recovery")
-    unfinished = (folder / f"{RECOVERED}.training").exists()
     launch(
         folder / PRUNED,
-        recover.data,
-        folder / RECOVERED,
-        preset=recover.preset,
-        max_tokens=recover.max_tokens,
-        seq_len=recover.seq_len,
-        seed=recipe.seed,
+        output=folder / RECOVERED,
         overwrite=True,
-        resume=unfinished,
-        teacher=recipe.model if recover.distill else None,
-        evaluation=recipe.evaluate.data,
+        resume=again,
+        **_recovery(recipe, recover),
     )
 
 

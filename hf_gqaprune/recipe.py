@@ -231,6 +231,8 @@ def _value(hint: Any, value: object, key: str, source: str) -> Any:
         number = _number(value)
         if number is not None:
             return number
+    elif wanted is int and key != "seed" and isinstance(value, int) and value < 1:
+        raise UsageError(f"{source}: {key} must be a whole number from 1, not {value!r}")
     elif isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
         return value
     raise UsageError(f"{source}: {key} must be {_WANTED.get(wanted, 'a list of texts')}, not {value!r}")

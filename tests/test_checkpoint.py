@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import pickle
 import re
 import subprocess
 import sys
@@ -12,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hub_server import HubServer
+from huggingface_hub import snapshot_download
 from tiny import token_ids
 
 from hf_gqaprune import (
@@ -78,12 +83,63 @@ def one(**sizes: Any) -> dict[str, Any]:
         (one(skip=["atention"]), "layer 2: skip names 'atention' (did you mean 'attention'?); allowed: "),
         (one(skip="mlp"), "layer 2: skip must be a list out of attention, mlp, got 'mlp'"),
         (one(skip=[["mlp"]]), "layer 2: skip names ['mlp']"),
+        (one(skip=None), "layer 2: skip must be a list out of attention, mlp, got None"),
+        (one(head_dim=4), "layer 2: unknown key 'head_dim'"),
+        (one(num_attention_heads=2), "layer 2: num_attention_heads (2) is not a multiple of num_key_value_heads (3)"),
+        ({"4": {"num_key_value_heads": 1}}, "names layer '4', the model has layers 0 to 3"),
+        ({"²": {}}, "names layer '²', the model has layers 0 to 3"),
+        ({"1.0": {}}, "names layer '1.0', the model has layers 0 to 3"),
+        ({"2": {}, "02": {}}, "names layer 2 twice, the second time as '02'"),
+        (7, "must map layer indices to sizes, got a int for 4 layers"),
         ({str(i): {"skip": ["attention"]} for i in range(4)}, "attention is skipped in all 4 layers"),
     ],
 )
 def test_malformed_layers_are_refused(layers: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
         config(layers)
+    assert "\n" not in str(caught.value)
+    late = config(None)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        late.per_layer_config = layers
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_key_value_heads": 4}, "layer 3: num_attention_heads (6) is not a multiple of num_key_value_heads (4)"),
+        ({"intermediate_size": -16}, "layer 1: intermediate_size must be a positive integer, got -16"),
+        ({"num_hidden_layers": 0}, "the model: num_hidden_layers must be a positive integer, got 0"),
+        ({"num_attention_heads": 0}, "the model: num_attention_heads must be a positive integer, got 0"),
+        ({"head_dim": None, "hidden_size": 26}, "hidden_size (26) is not a multiple of num_attention_heads (6): set head_dim"),
+        ({"layer_types": ["full_attention"] * 3}, "layer_types has 3 entries for 4 layers: leave it out"),
+        ({"layer_types": ["full_attention"] * 4}, "layer 1: layer_types says 'full_attention', per_layer_config makes it 'moe'"),
+        ({"layer_types": "moe"}, "layer_types follows from per_layer_config, got 'moe': leave it out"),
+    ],
+)
+def test_malformed_global_values_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        config(**values)
+    assert "\n" not in str(caught.value)
+
+
+def test_layer_types_follow_from_what_is_skipped() -> None:
+    some = config()
+    assert some.layer_types == ["full_attention", "moe", "full_attention", "full_attention"]
+    some.per_layer_config = {3: {"skip": ["attention", "mlp"]}}
+    assert some.layer_types == ["full_attention", "full_attention", "full_attention", "moe"]
+    some.per_layer_config = {3: {"skip": ["mlp"]}}
+    assert not hasattr(some, "layer_types")
+    assert "layer_types" not in config(None, layer_types=["full_attention"] * 4).to_dict()
+
+
+def test_head_dim_is_always_stored(tmp_path: Path) -> None:
+    config(head_dim=None).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["head_dim"] == 4
+
+
+def test_configs_are_compared_and_copied() -> None:
+    assert config() == config() == copy.deepcopy(config()) == pickle.loads(pickle.dumps(config()))
+    assert config() != config(None) and config() != config(hidden_size=48)
 
 
 def test_a_malformed_checkpoint_is_refused_on_loading(tmp_path: Path) -> None:
@@ -112,6 +168,13 @@ def test_config_round_trip(tmp_path: Path) -> None:
     assert config({1: {"skip": ["attention"]}}).to_dict() == config({"1": {"skip": ["attention"]}}).to_dict()
 
 
+def test_more_than_ten_layers_keep_their_places(tmp_path: Path) -> None:
+    layers = {index: {"intermediate_size": 16 + index} for index in (2, 10, 11)}
+    config(layers, num_hidden_layers=12).save_pretrained(tmp_path)
+    widths = [layer.intermediate_size for layer in PrunedLlamaConfig.from_pretrained(tmp_path).per_layer_config]
+    assert widths == [16, 16, 18, *[16] * 7, 26, 27]
+
+
 def test_modules_have_the_sizes_of_their_layers() -> None:
     layers = PrunedLlamaModel(config()).layers
     assert layers[0].self_attn.k_proj.weight.shape == (2 * 8, 24)
@@ -130,6 +193,10 @@ CLASSES = [
     ("AutoModelForTokenClassification", PrunedLlamaForTokenClassification),
     ("AutoModelForQuestionAnswering", PrunedLlamaForQuestionAnswering),
 ]
+
+
+#: what a causal LM's checkpoint does not hold for each of them
+HEADS: list[set[str]] = [set(), set(), {"score.weight"}, {"score.weight", "score.bias"}, {"qa_outputs.weight", "qa_outputs.bias"}]
 
 
 @pytest.mark.parametrize(("auto_name", "model_class"), CLASSES)
@@ -151,18 +218,16 @@ def test_every_auto_class_saves_and_loads(tmp_path: Path, auto_name: str, model_
     assert all(torch.equal(first[name], second[name]) for name in first if isinstance(first[name], torch.Tensor))
 
 
-def test_a_causal_lm_loads_as_backbone_and_as_classifier(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("auto_name", "head"), [(name, names) for (name, _), names in zip(CLASSES, HEADS, strict=True)])
+def test_a_causal_lm_gives_every_class_its_backbone(tmp_path: Path, auto_name: str, head: set[str]) -> None:
     torch.manual_seed(0)
     model = PrunedLlamaForCausalLM(config()).eval()
     model.save_pretrained(tmp_path)
-    backbone = transformers.AutoModel.from_pretrained(tmp_path)
+    loaded, info = getattr(transformers, auto_name).from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == head
+    backbone = loaded if auto_name == "AutoModel" else loaded.model
     with torch.no_grad():
         assert torch.equal(backbone(token_ids())[0], model.model(token_ids())[0])
-    classifier, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-        tmp_path, output_loading_info=True
-    )
-    assert type(classifier) is PrunedLlamaForSequenceClassification
-    assert set(info["missing_keys"]) == {"score.weight"}
 
 
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
@@ -173,48 +238,149 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
-def test_the_plan_travels_with_the_weights(tmp_path: Path) -> None:
-    model = PrunedLlamaForCausalLM(config())
-    assert model.prune_plan is None
-    model.save_pretrained(tmp_path / "bare")
-    assert not (tmp_path / "bare" / "prune_plan.json").exists()
-    assert PrunedLlamaForCausalLM.from_pretrained(tmp_path / "bare").prune_plan is None
-    model.prune_plan = {"version": 1}
-    model.save_pretrained(tmp_path / "planned")
-    assert PrunedLlamaForCausalLM.from_pretrained(tmp_path / "planned").prune_plan == {"version": 1}
+PLAN = {"version": 1}
 
 
-def test_device_map_and_dtype(tmp_path: Path) -> None:
+def planned() -> PrunedLlamaForCausalLM:
+    torch.manual_seed(0)
     model = PrunedLlamaForCausalLM(config()).eval()
-    model.save_pretrained(tmp_path)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"}, dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
-    offloaded = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path,
-        device_map={"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu", "lm_head": "disk"}
-        | {"model.rotary_emb": "cpu"},
-        offload_folder=tmp_path / "offload",
-    )
+    model.prune_plan = PLAN
+    return model
+
+
+def test_the_plan_travels_with_the_weights(tmp_path: Path) -> None:
+    planned().save_pretrained(tmp_path)
+    for auto_name, _ in CLASSES:
+        assert getattr(transformers, auto_name).from_pretrained(tmp_path).prune_plan == PLAN
+    again, _ = PrunedLlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert again.prune_plan == PLAN
+    assert PrunedLlamaForCausalLM(config()).prune_plan is None
+
+
+def test_a_plan_does_not_outlive_its_weights(tmp_path: Path) -> None:
+    planned().save_pretrained(tmp_path)
+    PrunedLlamaForCausalLM(config()).save_pretrained(tmp_path)
+    assert not (tmp_path / "prune_plan.json").exists()
+    assert PrunedLlamaForCausalLM.from_pretrained(tmp_path).prune_plan is None
+
+
+def test_only_the_main_process_writes_the_plan(tmp_path: Path) -> None:
+    planned().save_pretrained(tmp_path / "keyword", is_main_process=False)
+    planned().save_pretrained(tmp_path / "position", False)
+    assert not list(tmp_path.glob("*/*"))
+
+
+def test_the_plan_lies_in_the_subfolder_and_beside_the_shards(tmp_path: Path) -> None:
+    model = planned()
+    model.save_pretrained(tmp_path / "inner", max_shard_size="4KB")
+    assert len(list((tmp_path / "inner").glob("model-*.safetensors"))) > 1
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="inner")
+    assert loaded.prune_plan == PLAN
     with torch.no_grad():
-        assert torch.equal(offloaded(token_ids()).logits, model(token_ids()).logits)
+        assert torch.equal(loaded(token_ids()).logits, model(token_ids()).logits)
+
+
+def test_saving_to_the_hub_sends_the_plan(hub: HubServer, tmp_path: Path) -> None:
+    planned().save_pretrained(tmp_path / "one-go", push_to_hub=True, repo_id="acme/one-go")
+    assert json.loads(hub.files("acme/one-go")["prune_plan.json"]) == PLAN
+    assert PrunedLlamaForCausalLM.from_pretrained("acme/one-go").prune_plan == PLAN
+    assert PrunedLlamaForCausalLM.from_pretrained("acme/one-go", local_files_only=True).prune_plan == PLAN
+
+
+def test_a_repository_without_a_plan_loads_online_and_offline(hub: HubServer, tmp_path: Path) -> None:
+    PrunedLlamaForCausalLM(config()).push_to_hub("acme/no-plan")
+    cache = {"cache_dir": tmp_path}
+    snapshot_download("acme/no-plan", **cache)
+    assert PrunedLlamaForCausalLM.from_pretrained("acme/no-plan", local_files_only=True, **cache).prune_plan is None
+    assert PrunedLlamaForCausalLM.from_pretrained("acme/no-plan", **cache).prune_plan is None
+
+
+def test_a_plan_the_hub_fails_to_send_is_not_taken_for_none(hub: HubServer) -> None:
+    planned().push_to_hub("acme/outage")
+    hub.outage = ("prune_plan.json", 403)
+    with pytest.raises(OSError, match="acme/outage"):
+        PrunedLlamaForCausalLM.from_pretrained("acme/outage")
+
+
+def test_adapters_reach_layers_of_every_size_and_merge(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    planned().save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(base, lora).eval()
+    # attention in 3 layers, FFN in 3
+    assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 3 * 4 + 3 * 3
+    adapted.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = adapted(token_ids()).logits
+        through_adapter = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+        assert through_adapter.prune_plan == PLAN
+        assert torch.equal(through_adapter(token_ids()).logits, expected)
+        adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert type(merged) is PrunedLlamaForCausalLM and merged.prune_plan == PLAN
+        assert torch.allclose(merged(token_ids()).logits, expected, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_saved_and_loaded_as_it_is(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = planned().to(dtype)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    with torch.no_grad():
+        assert torch.equal(loaded(token_ids()).logits, model(token_ids()).logits)
+
+
+@pytest.mark.parametrize("memory", [None, {"cpu": 16_000}])
+def test_device_map_auto_splits_between_whole_layers(tmp_path: Path, memory: dict[str, int] | None) -> None:
+    model = planned()
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, device_map="auto", max_memory=memory, offload_folder=tmp_path / "offload"
+    )
+    placed = loaded.hf_device_map
+    assert ("disk" in placed.values()) is (memory is not None)
+    assert not any(name.startswith("model.layers.") and name.count(".") > 2 for name in placed)
+    with torch.no_grad():
+        assert torch.equal(loaded(token_ids()).logits, model(token_ids()).logits)
 
 
 ELSEWHERE = """
 import sys
 sys.modules["hf_gqaprune"] = None  # any import of it fails
-import torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-with torch.no_grad():
-    torch.save(model(torch.load(sys.argv[1] + "/ids.pt")).logits, sys.argv[1] + "/logits.pt")
+from pathlib import Path
+import torch, transformers
+folder = Path(sys.argv[1])
+ids = torch.load(folder / "ids.pt")
+for auto_name in sys.argv[2:]:
+    auto = getattr(transformers, auto_name)
+    model = auto.from_pretrained(folder / auto_name, trust_remote_code=True)
+    assert model.prune_plan == {"version": 1}, model.prune_plan
+    model.save_pretrained(folder / "again" / auto_name)
+    with torch.no_grad():
+        torch.save(model(ids)[0], folder / f"{auto_name}.pt")
 """
 
 
-def test_a_process_without_the_package_computes_the_same(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = PrunedLlamaForCausalLM(config()).eval()
-    model.save_pretrained(tmp_path)
+def test_a_process_without_the_package_computes_and_saves_the_same(tmp_path: Path) -> None:
+    """`trust_remote_code` alone, for every class; what is saved there is the same checkpoint, model files included."""
+    expected = {}
+    for auto_name, model_class in CLASSES:
+        torch.manual_seed(0)
+        model = model_class(config()).eval()
+        model.prune_plan = PLAN
+        model.save_pretrained(tmp_path / auto_name)
+        with torch.no_grad():
+            expected[auto_name] = model(token_ids())[0]
     torch.save(token_ids(), tmp_path / "ids.pt")
-    subprocess.run([sys.executable, "-c", ELSEWHERE, str(tmp_path)], check=True, capture_output=True, timeout=60)
-    with torch.no_grad():
-        assert torch.equal(torch.load(tmp_path / "logits.pt"), model(token_ids()).logits)
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path), *expected]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    assert done.returncode == 0, done.stderr
+    for auto_name, output in expected.items():
+        assert torch.equal(torch.load(tmp_path / f"{auto_name}.pt"), output)
+        first, again = tmp_path / auto_name, tmp_path / "again" / auto_name
+        assert sorted(os.listdir(first)) == sorted(os.listdir(again))
+        for file in first.iterdir():
+            assert file.read_bytes() == (again / file.name).read_bytes(), file.name

@@ -57,6 +57,12 @@ def load_config(folder: Path) -> PreTrainedConfig:
         raise UsageError(f"the config of {folder} is not readable: {' '.join(str(error).split())[:200]}") from error
 
 
+def check_weights(folder: Path) -> None:
+    """Raise [`UsageError`] where `folder` holds no weights that transformers loads."""
+    if not any(path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern)):
+        raise UsageError(f"{folder} holds no weights (*.safetensors): give the folder of a whole checkpoint")
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in `folder`, with a padding token. Raises [`UsageError`] where there is none."""
     from transformers import AutoTokenizer

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -142,7 +142,21 @@ def accelerate_flags(flags: Sequence[str]) -> list[str]:
     path = builtin("accelerate").get(name, Path(name))
     if not path.is_file():
         raise unknown("accelerate configuration", name, builtin("accelerate"))
+    _check_flags(given)
     return ["--config_file", str(path), *given]
+
+
+def _check_flags(flags: Sequence[str]) -> None:
+    """Refuse what `accelerate launch` would refuse, in one line."""
+    from accelerate.commands.launch import launch_command_parser
+
+    parser = launch_command_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UsageError(f"{message} (see `gqaprune recover --help` and `accelerate launch --help`)")
+
+    parser.error = refuse
+    parser.parse_args([*flags, "script"])
 
 
 def _processes(flags: Sequence[str], default: int) -> int:

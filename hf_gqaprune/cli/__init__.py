@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+
+from transformers.utils.logging import disable_progress_bar
 
 from ..errors import UsageError, WorkError, unknown
 from . import arguments, verbs
@@ -42,6 +45,10 @@ VERBS: dict[str, tuple[AddArguments, Run, str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; an error is one line on stderr, its traceback shown by `--debug`."""
     line = list(sys.argv[1:] if argv is None else argv)
+    if not sys.stderr.isatty():
+        # read when `datasets` is imported, here and in the processes that are started
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        disable_progress_bar()
     debug = "--debug" in line
     try:
         _run(line)

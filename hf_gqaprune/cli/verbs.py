@@ -71,9 +71,9 @@ def merge(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Perplexities and tasks of one or several checkpoints."""
-    from ..evaluation import evaluate_perplexity, evaluate_tasks
+    from ..evaluation import evaluate_perplexity, evaluate_tasks, task_manager, window
     from ..text import load_text
-    from ..trainer.models import load_config, load_model, load_tokenizer, local_folder
+    from ..trainer.models import check_weights, load_config, load_model, load_tokenizer, local_folder
 
     tasks = args.tasks.split(",") if args.tasks else []
     if not args.data and not tasks:
@@ -81,7 +81,10 @@ def evaluate(args: argparse.Namespace) -> None:
     texts = [load_text(name, split="test", max_chars=args.max_chars) for name in args.data]
     folders = {name: local_folder(name) for name in args.models}
     for folder in folders.values():
-        load_config(folder)
+        window(load_config(folder), args.seq_len, args.stride)
+        check_weights(folder)
+    if tasks:
+        task_manager(tasks, args.include_path)
     found: dict[str, dict[str, object]] = {}
     for name, folder in folders.items():
         model, tokenizer = load_model(folder), load_tokenizer(folder)
