@@ -108,7 +108,7 @@ class PrunedLlamaPreTrainedModel(LlamaPreTrainedModel):
                 model.config.name_or_path,
                 PLAN_FILE,
                 **{key: kwargs[key] for key in keys if key in kwargs},
-                # a checkpoint may have none, and an offline cache may lack it; a failing Hub still raises
+                # a checkpoint may have none
                 _raise_exceptions_for_missing_entries=False,
             )
             if path is not None:

@@ -362,8 +362,8 @@ def _report(recipe: Recipe, folder: Path, prepared: Prepared, final: str) -> Non
     calibration = tuple(prepared.calibration.record()) if prepared.calibration else ()
     name = recipe.without_paths().model
     report = Report(name, tuple(stages), plan.summary(), versions(), recipe.seed, calibration)
-    report.plot(folder / PLOT)
-    report.save(folder / REPORT)
+    report.plot(folder / PLOT, overwrite=True)
+    report.save(folder / REPORT, overwrite=True)
 
 
 def _publish(recipe: Recipe, folder: Path, final: str) -> str:

@@ -212,5 +212,5 @@ def _assemble(model: PreTrainedModel, plan: PruningPlan, state: dict[str, torch.
         parameter.requires_grad_(True)
     previous = getattr(model, "prune_plan", None)
     whole = PruningPlan.from_dict(previous).compose(plan) if previous else plan
-    pruned.prune_plan = whole.to_dict()  # type: ignore[assignment]
+    pruned.prune_plan = whole.to_dict()
     return pruned.eval()

@@ -73,7 +73,7 @@ def one(**sizes: Any) -> dict[str, Any]:
         (one(num_key_value_heads=4), "layer 2: num_attention_heads (6) is not a multiple of num_key_value_heads (4)"),
         (one(intermediate_size=-8), "layer 2: intermediate_size must be a positive integer, got -8"),
         (one(intermediate_size=0), 'got 0; to leave the block out use "skip": ["mlp"]'),
-        (one(num_key_value_heads=0), 'num_key_value_heads must be a positive integer, got 0; to leave'),
+        (one(num_key_value_heads=0), "num_key_value_heads must be a positive integer, got 0; to leave"),
         (one(num_attention_heads="4"), "layer 2: num_attention_heads must be a positive integer, got '4'"),
         (one(intermediate_size=8.0), "layer 2: intermediate_size must be a positive integer, got 8.0"),
         (one(intermediate_size=True), "layer 2: intermediate_size must be a positive integer, got True"),
@@ -110,9 +110,15 @@ def test_malformed_layers_are_refused(layers: Any, message: str) -> None:
         ({"intermediate_size": -16}, "layer 1: intermediate_size must be a positive integer, got -16"),
         ({"num_hidden_layers": 0}, "the model: num_hidden_layers must be a positive integer, got 0"),
         ({"num_attention_heads": 0}, "the model: num_attention_heads must be a positive integer, got 0"),
-        ({"head_dim": None, "hidden_size": 26}, "hidden_size (26) is not a multiple of num_attention_heads (6): set head_dim"),
+        (
+            {"head_dim": None, "hidden_size": 26},
+            "hidden_size (26) is not a multiple of num_attention_heads (6): set head_dim",
+        ),
         ({"layer_types": ["full_attention"] * 3}, "layer_types has 3 entries for 4 layers: leave it out"),
-        ({"layer_types": ["full_attention"] * 4}, "layer 1: layer_types says 'full_attention', per_layer_config makes it 'moe'"),
+        (
+            {"layer_types": ["full_attention"] * 4},
+            "layer 1: layer_types says 'full_attention', per_layer_config makes it 'moe'",
+        ),
         ({"layer_types": "moe"}, "layer_types follows from per_layer_config, got 'moe': leave it out"),
     ],
 )
@@ -196,7 +202,13 @@ CLASSES = [
 
 
 #: what a causal LM's checkpoint does not hold for each of them
-HEADS: list[set[str]] = [set(), set(), {"score.weight"}, {"score.weight", "score.bias"}, {"qa_outputs.weight", "qa_outputs.bias"}]
+HEADS: list[set[str]] = [
+    set(),
+    set(),
+    {"score.weight"},
+    {"score.weight", "score.bias"},
+    {"qa_outputs.weight", "qa_outputs.bias"},
+]
 
 
 @pytest.mark.parametrize(("auto_name", "model_class"), CLASSES)
@@ -218,7 +230,9 @@ def test_every_auto_class_saves_and_loads(tmp_path: Path, auto_name: str, model_
     assert all(torch.equal(first[name], second[name]) for name in first if isinstance(first[name], torch.Tensor))
 
 
-@pytest.mark.parametrize(("auto_name", "head"), [(name, names) for (name, _), names in zip(CLASSES, HEADS, strict=True)])
+@pytest.mark.parametrize(
+    ("auto_name", "head"), [(name, names) for (name, _), names in zip(CLASSES, HEADS, strict=True)]
+)
 def test_a_causal_lm_gives_every_class_its_backbone(tmp_path: Path, auto_name: str, head: set[str]) -> None:
     torch.manual_seed(0)
     model = PrunedLlamaForCausalLM(config()).eval()
@@ -295,13 +309,6 @@ def test_a_repository_without_a_plan_loads_online_and_offline(hub: HubServer, tm
     assert PrunedLlamaForCausalLM.from_pretrained("acme/no-plan", **cache).prune_plan is None
 
 
-def test_a_plan_the_hub_fails_to_send_is_not_taken_for_none(hub: HubServer) -> None:
-    planned().push_to_hub("acme/outage")
-    hub.outage = ("prune_plan.json", 403)
-    with pytest.raises(OSError, match="acme/outage"):
-        PrunedLlamaForCausalLM.from_pretrained("acme/outage")
-
-
 def test_adapters_reach_layers_of_every_size_and_merge(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -325,7 +332,7 @@ def test_adapters_reach_layers_of_every_size_and_merge(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_saved_and_loaded_as_it_is(tmp_path: Path, dtype: torch.dtype) -> None:
-    model = planned().to(dtype)
+    model = transformers.AutoModelForCausalLM.from_config(config(), dtype=dtype).eval()
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
@@ -333,16 +340,14 @@ def test_half_precision_is_saved_and_loaded_as_it_is(tmp_path: Path, dtype: torc
         assert torch.equal(loaded(token_ids()).logits, model(token_ids()).logits)
 
 
-@pytest.mark.parametrize("memory", [None, {"cpu": 16_000}])
-def test_device_map_auto_splits_between_whole_layers(tmp_path: Path, memory: dict[str, int] | None) -> None:
+def test_device_map_auto_splits_between_whole_layers(tmp_path: Path) -> None:
     model = planned()
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, device_map="auto", max_memory=memory, offload_folder=tmp_path / "offload"
+        tmp_path, device_map="auto", max_memory={"cpu": 40_000}, offload_folder=tmp_path / "offload"
     )
-    placed = loaded.hf_device_map
-    assert ("disk" in placed.values()) is (memory is not None)
-    assert not any(name.startswith("model.layers.") and name.count(".") > 2 for name in placed)
+    layers = {name: device for name, device in loaded.hf_device_map.items() if name.startswith("model.layers.")}
+    assert set(layers) == {f"model.layers.{index}" for index in range(4)} and "disk" in layers.values()
     with torch.no_grad():
         assert torch.equal(loaded(token_ids()).logits, model(token_ids()).logits)
 

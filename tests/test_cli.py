@@ -102,6 +102,31 @@ def test_recipes_that_are_none(capsys, tmp_path):
     assert "plan" in refused(capsys, "plna")
 
 
+def test_evaluation_and_recovery_check_before_they_load(capsys, tmp_path, model, text, llama):
+    evaluation = ["eval", model, "--data", text]
+    assert "from 2 to 128" in refused(capsys, *evaluation, "--seq-len", "4096")
+    assert "from 1 to 31" in refused(capsys, *evaluation, "--seq-len", "32", "--stride", "32")
+    assert "no such folder of task files" in refused(capsys, *evaluation, "--tasks", "t", "--include-path", "gone")
+    assert "pass --data" in refused(capsys, "eval", model)
+    recovery = ["recover", model, "--data", text, "-o", tmp_path / "out"]
+    assert "--max-tokns" in refused(capsys, *recovery, "--max-tokns", "4")
+    assert "--num_processes" in refused(capsys, *recovery, "--num_processes", "two")
+    assert "'default'" in refused(capsys, *recovery, "--preset", "defualt")
+    llama.config.save_pretrained(tmp_path / "config")
+    for verb in ("eval", "recover"):
+        line = [verb, tmp_path / "config", "--data", text]
+        assert "holds no weights" in refused(capsys, *line, *(["-o", tmp_path / "out"] if verb == "recover" else []))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_shows_its_traceback_only_when_asked(capsys, tmp_path):
+    assert main(["push", str(tmp_path / "gone"), "org/name"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(["push", str(tmp_path / "gone"), "org/name", "--debug"]) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" in told and told.strip().splitlines()[-1].startswith("gqaprune: ")
+
+
 def test_plan_needs_only_a_config_where_chance_decides(capsys, tmp_path, llama):
     llama.config.save_pretrained(tmp_path / "config")
     line = ["plan", str(tmp_path / "config"), "--backbone-ratio", "0.3", "--criterion", "random"]

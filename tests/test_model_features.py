@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import token_ids
 from torch.nn import functional as F
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
@@ -40,6 +42,97 @@ def model(layers: Any = UNEVEN, **kwargs: Any) -> PrunedLlamaForCausalLM:
     return built
 
 
+def dense_twin(pruned: PrunedLlamaForCausalLM) -> LlamaForCausalLM:
+    """The stock Llama of the global sizes that computes what `pruned` computes: what a layer lacks has zero weights.
+
+    A layer's first query head of a KV group becomes the first of that group in the dense layer, and so on; its biases
+    and norms come along, and the output of a skipped block is zero, its bias included.
+    """
+    config, sizes = pruned.config, pruned.config.per_layer_config
+    values = {name: value for name, value in config.to_dict().items() if name in LlamaConfig().to_dict()}
+    dense = LlamaForCausalLM(LlamaConfig(**values)).eval()
+    head_dim, repeats = config.head_dim, values["num_attention_heads"] // values["num_key_value_heads"]
+    state = {}
+    for name, target in dense.state_dict().items():
+        state[name] = torch.zeros_like(target) if ".layers." in name and "norm" not in name else target
+    for name, weight in pruned.state_dict().items():
+        if ".layers." not in name or "norm" in name:
+            state[name] = weight
+            continue
+        layer = sizes[int(name.split(".")[2])]
+        if ".mlp." in name:
+            rows = torch.arange(layer.intermediate_size)
+        else:
+            own, kept = layer.num_attention_heads // layer.num_key_value_heads, layer.num_key_value_heads
+            kv = "k_proj" in name or "v_proj" in name
+            heads = [g if kv else g * repeats + r for g in range(kept) for r in range(1 if kv else own)]
+            rows = (torch.tensor(heads)[:, None] * head_dim + torch.arange(head_dim)).flatten()
+        if not name.endswith(("o_proj.weight", "down_proj.weight", "o_proj.bias", "down_proj.bias")):
+            state[name][rows] = weight
+        elif name.endswith("weight"):
+            state[name][:, rows] = weight
+        else:
+            state[name] = weight
+    dense.load_state_dict(state)
+    return dense
+
+
+def randomize(lm: PrunedLlamaForCausalLM) -> PrunedLlamaForCausalLM:
+    """Biases and norms, which start at 0 and 1, get values of their own."""
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return lm
+
+
+def assert_computes_the_same(lm: Any, twin: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+    with torch.no_grad():
+        ours, theirs = (one(ids, attention_mask=mask, use_cache=False).logits for one in (lm, twin))
+    if mask is not None:
+        ours, theirs = ours[mask.bool()], theirs[mask.bool()]
+    assert float((ours - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_layers_of_any_size_compute_what_their_dense_twin_computes(data: st.DataObject) -> None:
+    """n_rep, KV heads, FFN width and skips drawn layer by layer, biases, tying, head width, attention and padding."""
+    kv_heads, repeats, width = (
+        data.draw(st.integers(1, top), label) for top, label in ((3, "kv"), (4, "n_rep"), (9, "ffn"))
+    )
+    layers: dict[int, dict[str, Any]] = {}
+    for index in range(3):
+        kept = data.draw(st.integers(1, kv_heads))
+        layers[index] = {
+            "num_attention_heads": kept * data.draw(st.integers(1, repeats)),
+            "num_key_value_heads": kept,
+            "intermediate_size": data.draw(st.integers(1, width)),
+            "skip": data.draw(st.sets(st.sampled_from(["mlp"] if index == 2 else ["attention", "mlp"]))),
+        }
+    # hidden_size is a multiple of the heads only because the stock Llama wants it
+    lm = model(
+        layers,
+        num_hidden_layers=3,
+        num_key_value_heads=kv_heads,
+        num_attention_heads=kv_heads * repeats,
+        intermediate_size=width,
+        hidden_size=12 * kv_heads * repeats if kv_heads * repeats < 5 else 4 * kv_heads * repeats,
+        head_dim=data.draw(st.sampled_from([2, 8, 32])),
+        attention_bias=data.draw(st.booleans()),
+        mlp_bias=data.draw(st.booleans()),
+        tie_word_embeddings=data.draw(st.booleans()),
+    )
+    twin = dense_twin(randomize(lm))
+    implementation = data.draw(st.sampled_from(["eager", "sdpa"]))
+    for one in (lm, twin):
+        one.set_attn_implementation(implementation)
+    assert_computes_the_same(lm, twin, token_ids())
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[0, :3] = 0
+    assert_computes_the_same(lm, twin, token_ids(), mask)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
@@ -72,6 +165,42 @@ def test_a_cache_changes_nothing(layers: Any, implementation: str, kind: str) ->
         pieces = [lm(chunk, past_key_values=cache, use_cache=True).logits for chunk in chunks]
     assert cache.get_seq_length() == 12
     assert torch.allclose(torch.cat(pieces, dim=1), whole, atol=1e-5 * float(whole.abs().max()), rtol=0)
+
+
+@BOTH
+def test_a_cache_that_was_made_without_a_config_changes_nothing(layers: Any) -> None:
+    lm, ids, cache = model(layers), token_ids(2, 12), DynamicCache()
+    with torch.no_grad():
+        whole = lm(ids, use_cache=False).logits
+        pieces = [lm(chunk, past_key_values=cache, use_cache=True).logits for chunk in ids.split([5, 6, 1], dim=1)]
+    assert cache.get_seq_length() == 12
+    assert torch.allclose(torch.cat(pieces, dim=1), whole, atol=1e-5 * float(whole.abs().max()), rtol=0)
+
+
+def test_a_cache_holds_what_each_layer_needs() -> None:
+    lm = model(HEADLESS)
+    cache = lm(token_ids(2, 12), use_cache=True).past_key_values
+    assert [None if layer.keys is None else tuple(layer.keys.shape) for layer in cache.layers[1:]] == [
+        (2, kv_heads, 12, 16) for kv_heads in (1, 3, 3)
+    ]
+    assert getattr(cache.layers[0], "keys", None) is None
+
+
+def test_speculative_decoding_changes_nothing() -> None:
+    lm, ids = model(), token_ids(1, 12)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    plain = lm.generate(ids, **options)
+    assert torch.equal(lm.generate(ids, prompt_lookup_num_tokens=2, **options), plain)
+    assert torch.equal(lm.generate(ids, assistant_model=model(HEADLESS), **options), plain)
+
+
+def test_packed_sequences_do_not_see_each_other() -> None:
+    lm, first, second = model(HEADLESS), token_ids(1, 5), token_ids(1, 7, seed=1)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    with torch.no_grad():
+        packed = lm(torch.cat([first, second], dim=1), position_ids=positions, use_cache=False).logits
+        alone = torch.cat([lm(first).logits, lm(second).logits], dim=1)
+    assert torch.allclose(packed, alone, atol=1e-5 * float(alone.abs().max()), rtol=0)
 
 
 @BOTH
@@ -146,30 +275,24 @@ ROPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("rope", list(ROPES))
 def test_every_rope_type_computes_what_llama_computes(tmp_path: Any, rope: str) -> None:
-    pruned = model(None, rope_parameters=ROPES[rope])
-    llama = LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=ROPES[rope])).eval()
-    llama.load_state_dict(pruned.state_dict())
-    ids = token_ids(1, 48)
-    with torch.no_grad():
-        expected = llama(ids).logits
-        assert torch.equal(pruned(ids).logits, expected)
-    pruned.save_pretrained(tmp_path)
-    loaded = PrunedLlamaForCausalLM.from_pretrained(tmp_path)
-    assert loaded.config.rope_parameters["rope_type"] == rope
-    with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, expected)
+    """In layers of equal and of unequal heads, inside and beyond the length that the rope was made for."""
+    for layers in (None, HEADLESS):
+        pruned = model(layers, rope_parameters=ROPES[rope])
+        pruned.save_pretrained(tmp_path)
+        loaded = PrunedLlamaForCausalLM.from_pretrained(tmp_path)
+        assert loaded.config.rope_parameters["rope_type"] == rope
+        twin = dense_twin(pruned)
+        for length in (20, 48, 80, 20):
+            ids = token_ids(1, length)
+            assert_computes_the_same(pruned, twin, ids)
+            with torch.no_grad():
+                assert torch.equal(loaded(ids).logits, pruned(ids).logits)
 
 
-@pytest.mark.parametrize("rope", list(ROPES))
-def test_pruning_keeps_the_rope(rope: str) -> None:
-    from hf_gqaprune import PruningPlan, prune
-
-    torch.manual_seed(0)
-    llama = LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=ROPES[rope])).eval()
-    kept = prune(llama, PruningPlan.keep_all(llama.config), compensation="none")
-    ids = token_ids(1, 48)
-    with torch.no_grad():
-        assert torch.equal(kept(ids).logits, llama(ids).logits)
+def test_rope_fields_of_older_checkpoints_are_understood() -> None:
+    theta, scaling = 500.0, {key: value for key, value in ROPES["llama3"].items() if key != "rope_theta"}
+    old = PrunedLlamaConfig(**SIZES, per_layer_config=UNEVEN, rope_theta=theta, rope_scaling=scaling)
+    assert old.rope_parameters == ROPES["llama3"]
 
 
 @pytest.mark.parametrize("head_dim", [2, 8, 64])
@@ -196,6 +319,15 @@ def test_a_change_of_attention_reaches_every_layer() -> None:
         assert {layer.self_attn.config._attn_implementation for layer in lm.model.layers} == {implementation}
 
 
+def test_flash_and_flex_attention_and_tensor_parallelism_are_offered_as_for_llama() -> None:
+    lm, llama = model(HEADLESS), LlamaForCausalLM(LlamaConfig(**SIZES))
+    for flag in ("_supports_flash_attn", "_supports_sdpa", "_supports_flex_attn", "_supports_attention_backend"):
+        assert getattr(lm, flag) is True
+    assert lm._can_compile_fullgraph and lm.supports_gradient_checkpointing
+    assert lm.tp_plan == llama.tp_plan and lm.tp_plan
+    assert lm.pp_plan == llama.pp_plan
+
+
 def test_the_embeddings_can_be_resized() -> None:
     lm = model()
     with torch.no_grad():
@@ -217,9 +349,12 @@ def test_a_classifier_reads_the_last_token_that_is_no_padding() -> None:
 
 
 def test_compiled_without_a_graph_break() -> None:
-    lm = model(HEADLESS)
-    # the AOT backend traces everything and leaves out only the code generation
+    """Without a cache, and prefill and decoding with a static one; the AOT backend leaves out only the code generation."""
+    lm, ids = model(HEADLESS), token_ids()
     compiled = torch.compile(lm, backend="aot_eager", fullgraph=True)
+    cache = StaticCache(config=lm.config, max_cache_len=16)
     with torch.no_grad():
-        expected = lm(token_ids(), use_cache=False).logits
-        assert torch.allclose(compiled(token_ids(), use_cache=False).logits, expected, atol=1e-5)
+        expected = lm(ids, use_cache=False).logits
+        assert torch.allclose(compiled(ids, use_cache=False).logits, expected, atol=1e-5)
+        pieces = [compiled(chunk, past_key_values=cache).logits for chunk in (ids[:, :9], ids[:, 9:])]
+    assert torch.allclose(torch.cat(pieces, dim=1), expected, atol=1e-5)

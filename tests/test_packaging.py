@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_gqaprune.cli import make_parser
+from hf_gqaprune.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,6 +76,8 @@ def commands() -> list[str]:
 def test_commands_of_the_readme_parse(line):
     args = make_parser().parse_args(shlex.split(line)[1:])
     assert callable(args.function)
+    if hasattr(args, "recipe"):
+        assert Recipe.load(args.recipe, args.set)
 
 
 def test_links_of_the_readme_lead_somewhere():

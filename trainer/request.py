@@ -12,7 +12,7 @@ import yaml
 
 from ..errors import UsageError, unknown
 from ..files import refuse_existing
-from .models import load_config, local_folder, quantization
+from .models import check_weights, load_config, local_folder, quantization
 from .presets import PRESET_DATA, Settings, resolve
 
 #: in the folder of an unfinished training
@@ -82,6 +82,7 @@ def make_request(
         raise UsageError("no training text was named: pass --data NAME_OR_FILE")
     folder = local_folder(model)
     config = load_config(folder)
+    check_weights(folder)
     limit = getattr(config, "max_position_embeddings", None)
     seq_len = settings.seq_len or min(_SEQ_LEN, limit or _SEQ_LEN)
     if limit is not None and seq_len > limit:
