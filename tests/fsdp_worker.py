@@ -19,7 +19,10 @@ from hf_gqaprune.trainer.presets import Settings
 def main() -> None:
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    sizes = {"0": {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 7}, "2": {"skip": ["attention"]}}
+    sizes = {
+        "0": {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 7},
+        "2": {"skip": ["attention"]},
+    }
     config = PrunedLlamaConfig(
         vocab_size=48, hidden_size=32, intermediate_size=20, num_hidden_layers=3, num_attention_heads=8,
         num_key_value_heads=4, head_dim=4, per_layer_config=sizes, initializer_range=0.2,

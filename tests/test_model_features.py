@@ -94,7 +94,7 @@ def assert_computes_the_same(lm: Any, twin: Any, ids: torch.Tensor, mask: torch.
     assert float((ours - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_layers_of_any_size_compute_what_their_dense_twin_computes(data: st.DataObject) -> None:
     """n_rep, KV heads, FFN width and skips drawn layer by layer, biases, tying, head width, attention and padding."""
@@ -191,7 +191,7 @@ def test_speculative_decoding_changes_nothing() -> None:
     options = {"max_new_tokens": 8, "do_sample": False}
     plain = lm.generate(ids, **options)
     assert torch.equal(lm.generate(ids, prompt_lookup_num_tokens=2, **options), plain)
-    assert torch.equal(lm.generate(ids, assistant_model=model(HEADLESS), **options), plain)
+    assert torch.equal(lm.generate(ids, assistant_model=model({"0": {"skip": ["mlp"]}}), **options), plain)
 
 
 def test_packed_sequences_do_not_see_each_other() -> None:
@@ -349,9 +349,9 @@ def test_a_classifier_reads_the_last_token_that_is_no_padding() -> None:
 
 
 def test_compiled_without_a_graph_break() -> None:
-    """Without a cache, and prefill and decoding with a static one; the AOT backend leaves out only the code generation."""
-    lm, ids = model(HEADLESS), token_ids()
-    compiled = torch.compile(lm, backend="aot_eager", fullgraph=True)
+    """Without a cache, and prefill and decoding with a static one; this backend runs the traced graph as it is."""
+    lm, ids = model({"0": {"skip": ["attention"]}, "1": UNEVEN["1"]}, num_hidden_layers=2), token_ids()
+    compiled = torch.compile(lm, backend="eager", fullgraph=True)
     cache = StaticCache(config=lm.config, max_cache_len=16)
     with torch.no_grad():
         expected = lm(ids, use_cache=False).logits

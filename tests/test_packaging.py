@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def python(code: str, cwd: Path, **environment: str) -> str:
     """Run `code` in a fresh process and return what it prints."""
-    import os
-
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False
     )
@@ -31,8 +31,11 @@ def python(code: str, cwd: Path, **environment: str) -> str:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that the built wheel was unpacked into."""
     folder = tmp_path_factory.mktemp("wheel")
+    # built from a copy: what an earlier build left in the checkout would go into the wheel
+    left_out = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
+    source = shutil.copytree(ROOT, folder / "source", ignore=left_out)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", folder, ROOT], check=True)
+    subprocess.run([*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", folder, source], check=True)
     (wheel,) = folder.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", wheel], check=True)
     return folder / "site"
@@ -53,6 +56,13 @@ print((Path(hf_gqaprune.model_cards.card.__file__).parent / "template.md.jinja")
     assert Path(place) == installed / "hf_gqaprune"
     assert "'demo'" in names and "'single'" in names and "'cpu_2'" in names
     assert (model, template) == ("True", "True")
+
+
+def test_the_wheel_has_every_folder_of_code(installed):
+    folders = {"hf_gqaprune": "", "configuration": "configuration", "trainer": "trainer", "model_cards": "model_cards"}
+    for folder, place in folders.items():
+        modules = {path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*.py")}
+        assert {path for path in modules if not (installed / "hf_gqaprune" / place / path).is_file()} == set()
 
 
 def test_importing_loads_the_model_classes_only(tmp_path):
@@ -78,6 +88,24 @@ def test_commands_of_the_readme_parse(line):
     assert callable(args.function)
     if hasattr(args, "recipe"):
         assert Recipe.load(args.recipe, args.set)
+
+
+def test_the_python_of_the_readme_runs(tmp_path, llama, tokenizer, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for name in ("text.txt", "notes.txt"):
+        (tmp_path / name).write_text(f"The {name} counts: one two three four five six seven. " * 100)
+    llama.save_pretrained(tmp_path / "MODEL")
+    tokenizer.save_pretrained(tmp_path / "MODEL")
+    # the same code on a model and texts of a test's size
+    smaller = {"wikitext2": "text.txt", "samples=128": "samples=8", "seq_len=2048": "seq_len=32"}
+    for wanted, instead in smaller.items():
+        assert wanted in code
+        code = code.replace(wanted, instead)
+    for name in ("MODEL", "text.txt", "notes.txt", "pruned"):
+        code = code.replace(f'"{name}', f'"{tmp_path / name}')
+    exec(code, {})
+    assert "of all parameters" in capsys.readouterr().out
+    assert (tmp_path / "pruned" / "prune_plan.json").is_file()
 
 
 def test_links_of_the_readme_lead_somewhere():

@@ -319,7 +319,10 @@ def test_what_is_not_finite_stops_with_its_step(
     dense: Path, text: str, tmp_path: Path, method: str, rate: float
 ) -> None:
     settings = {**SETTINGS, "max_tokens": 768 * 4, "learning_rate": rate}
-    loss, gradient = r"the loss is (nan|inf) at step \d+, in a batch of 8 rows .* begins '", "the gradient is not finite at"
+    loss, gradient = (
+        r"the loss is (nan|inf) at step \d+, in a batch of 8 rows .* begins '",
+        "the gradient is not finite at",
+    )
     with pytest.raises(WorkError, match=f"({loss}|{gradient}).*lower learning_rate"):
         recover(dense, [text], tmp_path / "out", method=method, **settings)
     assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_gqaprune import UsageError, WorkError
+from hf_gqaprune import UsageError
 from hf_gqaprune.configuration import builtin
 from hf_gqaprune.trainer.recover import accelerate_flags, launch, main
 from hf_gqaprune.trainer.request import make_request
@@ -145,7 +145,11 @@ def test_a_yaml_file_says_what_recover_is_called_with(
     config.write_text(yaml.safe_dump({**arguments, "rnak": 3}))
     assert main(["--config", str(config)]) == 2
     assert "unknown key in the recovery's configuration: 'rnak' (did you mean 'rank'?)" in capsys.readouterr().err
-    for content, message in (("- 1", "must be a mapping"), ("a: [", "is not YAML"), ("model: x", "does not name output")):
+    for content, message in (
+        ("- 1", "must be a mapping"),
+        ("a: [", "is not YAML"),
+        ("model: x", "does not name output"),
+    ):
         config.write_text(content)
         assert main(["--config", str(config)]) == 2
         assert message in capsys.readouterr().err
@@ -163,9 +167,26 @@ def test_a_request_survives_the_way_to_the_processes(folder: Path, text: str, tm
     assert request.settings.max_tokens is None
 
 
-def test_a_failing_process_is_told_with_its_reason(folder: Path, text: str, tmp_path: Path) -> None:
+def test_a_failure_is_told_with_its_reason(folder: Path, text: str, tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(folder)
     model.model.norm.weight.data[0] = math.inf
     model.save_pretrained(folder)
-    with pytest.raises(WorkError, match="the loss is nan at step 1"):
-        launch(folder, [text], tmp_path / "out", held_out_tokens=0, **SETTINGS)
+    arguments = {
+        "model": str(folder),
+        "data": [text],
+        "output": str(tmp_path / "out"),
+        "held_out_tokens": 0,
+        **SETTINGS,
+    }
+    config, failure = tmp_path / "recover.yaml", tmp_path / "failure.json"
+    config.write_text(yaml.safe_dump(arguments))
+    # to the launching process, which raises it again
+    assert main(["--config", str(config), "--failure", str(failure)]) == 0
+    told = json.loads(failure.read_text())
+    assert told["kind"] == "WorkError" and told["message"].startswith(
+        "the loss is nan at step 1, in a batch of 8 rows"
+    )
+    # or to the user
+    assert main(["--config", str(config)]) == 2
+    config.write_text(yaml.safe_dump({**arguments, "overwrite": True}))
+    assert main(["--config", str(config)]) == 1

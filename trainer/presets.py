@@ -47,7 +47,8 @@ class Settings:
         temperature: of the distillation.
         top_k: logits of the teacher that are kept; the others count as one.
         teacher_cache: compute the teacher's logits once, to disk, and train without the teacher in memory.
-        blockwise_tokens: tokens for block-wise reconstruction before the training itself; 0 leaves it out.
+        blockwise_tokens: tokens, repetitions included, that every block is fitted on before the training itself
+            (block-wise reconstruction); 0 leaves it out.
         held_out_tokens: tokens kept out of the training to measure perplexity on.
         evaluations: how often that happens.
         patience: stop after so many evaluations without improvement, and keep the best weights.

@@ -20,7 +20,7 @@ from .. import identity
 from ..errors import UsageError
 from ..files import new_folder, write_json, write_text
 from . import checkpoints
-from .blockwise import reconstruct
+from .blockwise import EPOCHS, reconstruct
 from .data import TrainingData, load_data
 from .distill import Teacher
 from .merge import merged, write_adapter_identity, write_checkpoint
@@ -314,8 +314,8 @@ def _reconstructed(
     if adapter is not None:
         model = get_peft_model(model, adapter)
     full = [ids for ids in data.train["input_ids"] if len(ids) == settings.seq_len]
-    wanted = settings.blockwise_tokens // (settings.seq_len or 1)
-    if not full or not wanted:
+    wanted = max(1, settings.blockwise_tokens // (EPOCHS * (settings.seq_len or 1)))
+    if not full:
         raise UsageError(f"block-wise reconstruction needs rows of {settings.seq_len} tokens: give text")
     model.to(PartialState().device)
     reconstruct(model, dense, torch.tensor(full[:wanted]), rows=min(steps.rows_per_step, len(full)), seed=request.seed)
