@@ -86,6 +86,11 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
     criterion = request.criterion or (statistics.criterion if statistics else DEFAULT)
     if criterion not in CRITERIA:
         raise unknown("criterion", criterion, CRITERIA)
+    if statistics is not None and request.plan is None and criterion != statistics.criterion:
+        raise UsageError(
+            f"the statistics in {request.statistics} were collected for criterion {statistics.criterion}, "
+            f"not {criterion}: leave --criterion or --statistics out"
+        )
     if request.compensation not in COMPENSATIONS:
         raise unknown("compensation", request.compensation, COMPENSATIONS)
     folder = local_folder(request.model)
@@ -240,7 +245,8 @@ class _Stages:
 def _check_output(folder: Path, resume: bool, overwrite: bool) -> None:
     """Refuse a folder that would be replaced without being asked, or that no run has written."""
     refuse_existing(folder, overwrite or resume)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "recipe.yaml").exists()):
+    # a recipe.yaml may be the user's own; run.json is written by a run alone
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / STATE).exists()):
         raise UsageError(f"{folder} is not the output of a run: choose another output")
 
 

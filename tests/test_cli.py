@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig
 
 import hf_gqaprune as gp
 from hf_gqaprune import identity
@@ -74,14 +74,18 @@ def test_text_that_is_too_little(capsys, tmp_path, model, content, said):
     path = tmp_path / "little.txt"
     path.write_text(content)
     assert said in refused(capsys, "prune", model, "--ratio", "0.2", "--calibration", path, "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_models_that_are_none(capsys, tmp_path, text):
-    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    for config in (GPT2Config(), MistralConfig()):
+        config.save_pretrained(tmp_path / config.model_type)
     (tmp_path / "empty").mkdir()
-    for place, said in (("gpt2", "'gpt2' is not a Llama-shaped model"), ("empty", "config.json"), ("gone", "gone")):
+    shaped = [(name, f"{name!r} is not a Llama-shaped model") for name in ("gpt2", "mistral")]
+    for place, said in (*shaped, ("empty", "config.json"), ("gone", "gone")):
         line = ["prune", tmp_path / place, "--ratio", "0.2", "--calibration", text, "-o", tmp_path / "out"]
         assert said in refused(capsys, *line)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_that_exists_is_not_touched(capsys, tmp_path, model, text):
@@ -100,6 +104,7 @@ def test_recipes_that_are_none(capsys, tmp_path):
     assert "not a mapping" in refused(capsys, "run", wrong)
     assert "demo" in refused(capsys, "run", "dmeo")
     assert "plan" in refused(capsys, "plna")
+    assert "--frobnicate" in refused(capsys, "--frobnicate")
 
 
 def test_evaluation_and_recovery_check_before_they_load(capsys, tmp_path, model, text, llama):
@@ -168,6 +173,19 @@ def test_prune_eval_card_and_dry_push(capsys, tmp_path, model, text):
     assert main(["card", one, "--base-model", str(model), "--license", "apache-2.0"]) == 0
     assert main(["push", one, "org/small", "--dry-run"]) == 0
     assert "model.safetensors" in capsys.readouterr().out
+
+
+def test_a_plan_of_saved_statistics_is_the_same_plan(capsys, tmp_path, model, text):
+    statistics, one, two = (str(tmp_path / name) for name in ("statistics", "one.json", "two.json"))
+    line = ["plan", str(model), "--ratio", "0.2"]
+    sizes = ["--calibration", str(text), "--samples", "8", "--seq-len", "32"]
+    assert main([*line, *sizes, "--save-statistics", statistics, "-o", one]) == 0
+    assert main([*line, "--statistics", statistics, "-o", two]) == 0
+    assert Path(one).read_bytes() == Path(two).read_bytes()
+    capsys.readouterr()
+    wrong = [*line, "--statistics", statistics, "--criterion", "wanda", "-o", str(tmp_path / "three.json")]
+    assert "for criterion curvature, not wanda" in refused(capsys, *wrong)
+    assert not (tmp_path / "three.json").exists()
 
 
 def test_recipes_and_env(capsys, tmp_path):

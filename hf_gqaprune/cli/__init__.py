@@ -89,11 +89,12 @@ def _run(line: list[str]) -> None:
     parser = make_parser()
     args, rest = parser.parse_known_args(line)
     args.accelerate = rest
+    if args.accelerate and verb != "recover":
+        command = f"gqaprune {verb}" if verb else "gqaprune"
+        raise UsageError(f"unrecognized arguments: {' '.join(args.accelerate)} (see `{command} --help`)")
     if verb is None:
         parser.print_help()
         return
-    if args.accelerate and verb != "recover":
-        raise UsageError(f"unrecognized arguments: {' '.join(args.accelerate)} (see `gqaprune {verb} --help`)")
     args.function(args)
 
 
