@@ -162,13 +162,22 @@ def token_windows(tokenizer: Any, text: Text, seq_len: int) -> torch.Tensor:
     """
     if not text.content.strip():
         raise UsageError(f"the text of {text.name} is empty")
+    return cut_windows(tokenizer, token_ids(tokenizer, text.content), seq_len, text.name)
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text, without special tokens."""
+    return tokenizer(text, add_special_tokens=False, verbose=False, return_attention_mask=False)["input_ids"]
+
+
+def cut_windows(tokenizer: Any, tokens: list[int], seq_len: int, name: str) -> torch.Tensor:
+    """All disjoint windows of tokens as `token_windows` gives them; [`UsageError`], naming the text, if there is none."""
     bos = tokenizer.bos_token_id
     span = seq_len - (bos is not None)
-    tokens = tokenizer(text.content, add_special_tokens=False, verbose=False, return_attention_mask=False)["input_ids"]
     count = len(tokens) // span
     if not count:
         raise UsageError(
-            f"{text.name} has {len(tokens)} tokens, fewer than one window of {span}: give more text or lower --seq-len"
+            f"{name} has {len(tokens)} tokens, fewer than one window of {span}: give more text or lower --seq-len"
         )
     windows = torch.tensor(tokens[: count * span], dtype=torch.long).view(count, span)
     if bos is None:

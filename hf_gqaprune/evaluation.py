@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from .calibration import token_ids
 from .errors import UsageError, WorkError
 from .text import Text, load_text
 
@@ -110,7 +111,7 @@ def evaluate_perplexity(
         if max_chars < 1:
             raise UsageError(f"max_chars={max_chars} must be at least 1")
         text = replace(text, content=text.content[:max_chars])
-    ids = tokenizer(text.content, add_special_tokens=False, verbose=False, return_attention_mask=False)["input_ids"]
+    ids = token_ids(tokenizer, text.content)
     bos = tokenizer.bos_token_id
     windows = _windows(len(ids), seq_len, stride, bos is not None, drop_tail)
     if not windows:

@@ -146,7 +146,7 @@ class PrunedLlamaPreTrainedModel(LlamaPreTrainedModel):
 class PrunedLlamaModel(PrunedLlamaPreTrainedModel, LlamaModel):
     def __init__(self, config: PrunedLlamaConfig) -> None:
         # Llama's own __init__ would build the dense layers
-        PrunedLlamaPreTrainedModel.__init__(self, config)
+        LlamaPreTrainedModel.__init__(self, config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -185,7 +185,7 @@ class PrunedLlamaModel(PrunedLlamaPreTrainedModel, LlamaModel):
 
 class PrunedLlamaForCausalLM(PrunedLlamaPreTrainedModel, LlamaForCausalLM):
     def __init__(self, config: PrunedLlamaConfig) -> None:
-        PrunedLlamaPreTrainedModel.__init__(self, config)
+        LlamaPreTrainedModel.__init__(self, config)
         self.model = PrunedLlamaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -198,7 +198,7 @@ class PrunedLlamaForCausalLM(PrunedLlamaPreTrainedModel, LlamaForCausalLM):
 
 class PrunedLlamaForSequenceClassification(GenericForSequenceClassification, PrunedLlamaPreTrainedModel):
     def __init__(self, config: PrunedLlamaConfig) -> None:
-        PrunedLlamaPreTrainedModel.__init__(self, config)
+        LlamaPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = PrunedLlamaModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
@@ -207,7 +207,7 @@ class PrunedLlamaForSequenceClassification(GenericForSequenceClassification, Pru
 
 class PrunedLlamaForTokenClassification(GenericForTokenClassification, PrunedLlamaPreTrainedModel):
     def __init__(self, config: PrunedLlamaConfig) -> None:
-        PrunedLlamaPreTrainedModel.__init__(self, config)
+        LlamaPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = PrunedLlamaModel(config)
         dropout = getattr(config, "classifier_dropout", None)
@@ -220,7 +220,7 @@ class PrunedLlamaForQuestionAnswering(GenericForQuestionAnswering, PrunedLlamaPr
     # not Llama's "transformer", with which it would not find the backbone in a causal LM's checkpoint
 
     def __init__(self, config: PrunedLlamaConfig) -> None:
-        PrunedLlamaPreTrainedModel.__init__(self, config)
+        LlamaPreTrainedModel.__init__(self, config)
         self.model = PrunedLlamaModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()

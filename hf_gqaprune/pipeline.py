@@ -137,9 +137,7 @@ def decide(prepared: Prepared, model: PreTrainedModel) -> tuple[PruningPlan, Sta
         )
         if request.save_statistics:
             statistics.save(request.save_statistics)
-    plan = prepared.plan or make_plan(
-        statistics, **_budget(request)
-    )
+    plan = prepared.plan or make_plan(statistics, **_budget(request))
     return plan, statistics
 
 
@@ -170,10 +168,7 @@ def prune_model(request: PruneRequest, output: str | Path, *, overwrite: bool = 
     pruned = prune(model, plan, statistics, compensation=request.compensation, inplace=True)
     base = identity.fingerprint(prepared.folder)
     with new_folder(output, overwrite) as scratch:
-        write_checkpoint(pruned, prepared.folder, scratch)
-        identity.write(
-            scratch, fingerprint=identity.fingerprint(scratch), plan_hash=plan.hash(), base_fingerprint=base
-        )
+        write_checkpoint(pruned, prepared.folder, scratch, plan_hash=plan.hash(), base_fingerprint=base)
     return plan
 
 
@@ -203,7 +198,8 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> str
     final = PRUNED
     if recipe.recover is not None:
         base["recover"] = recipe.recover
-        stages.do(RECOVERED, base, lambda again: _recover(recipe, folder, again))
+        arguments = _recovery(recipe, recipe.recover)
+        stages.do(RECOVERED, base, lambda again: _recover(folder, arguments, again))
         final = RECOVERED
     base["evaluate"] = recipe.evaluate
     stages.do(REPORT, base, lambda _: _report(recipe, folder, prepared, final))
@@ -317,19 +313,10 @@ def _prune(request: PruneRequest, folder: Path) -> None:
     print(plan, flush=True)
 
 
-def _recover(recipe: Recipe, folder: Path, again: bool) -> None:
+def _recover(folder: Path, arguments: dict[str, Any], again: bool) -> None:
     from .trainer.recover import launch
 
-    recover = recipe.recover
-    if recover is None:
-        raise WorkError("the recipe has no recovery")
-    launch(
-        folder / PRUNED,
-        output=folder / RECOVERED,
-        overwrite=True,
-        resume=again,
-        **_recovery(recipe, recover),
-    )
+    launch(folder / PRUNED, output=folder / RECOVERED, overwrite=True, resume=again, **arguments)
 
 
 def _report(recipe: Recipe, folder: Path, prepared: Prepared, final: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -168,7 +168,7 @@ def collect_statistics(
     source = ModelShape.from_config(model.config)
     if calibration is None and rule.calibrated:
         raise UsageError(f"criterion {criterion} needs calibration text: pass --calibration NAME_OR_FILE")
-    slices = trace_units(model.config, source.layers)
+    slices = trace_units(source.layers)
     layers: Any = model.get_decoder().layers
     _check_weights(layers)
     taps: dict[tuple[int, str], _Tap] = {}
@@ -199,9 +199,8 @@ class _Tap:
 
     def __init__(self, layer: int, kind: str, module: nn.Module, slices: UnitSlices) -> None:
         self.layer, self.kind = layer, kind
-        names = (*slices.kv, *slices.query) if kind == "attention" else tuple(slices.ffn)
-        self.linears: dict[str, nn.Linear] = {name: module.get_submodule(name) for name in names}  # type: ignore[misc]
-        self.units = block_units(kind, slices)
+        self.units = slices.units(kind)
+        self.linears: dict[str, nn.Linear] = {name: module.get_submodule(name) for name in self.units}  # type: ignore[misc]
         self.tokens = 0
         self.inputs: torch.Tensor | None = None
         self.input_sum: torch.Tensor | None = None
@@ -264,21 +263,6 @@ class _Tap:
                 parameter.grad = None
 
         return take
-
-
-def block_units(kind: str, slices: UnitSlices) -> Mapping[str, tuple[int, torch.Tensor]]:
-    """`{projection: (dim, index (n_units, width))}` of a block: per KV group, or per FFN channel."""
-    if kind == "mlp":
-        return {name: (_dim(name), index) for name, index in slices.ffn.items()}
-    groups = len(next(iter(slices.kv.values())))
-    units = {name: (0, index) for name, index in slices.kv.items()}
-    for name, index in slices.query.items():
-        units[name] = (_dim(name), index.reshape(groups, -1))
-    return units
-
-
-def _dim(name: str) -> int:
-    return 1 if name in OUTPUT_PROJECTION.values() else 0
 
 
 def _run(model: PreTrainedModel, calibration: Calibration, backward: bool) -> None:

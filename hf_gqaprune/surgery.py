@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .errors import UsageError, unknown
-from .plan import LayerPlan, PruningPlan
+from .plan import LayerPlan, LayerShape, PruningPlan
 from .reconstruction import refit_on_pruned_prefix
 from .statistics import Moments, Statistics
 from .torch_pruning import OUTPUT_PROJECTION, UnitSlices, trace_units
@@ -52,7 +52,7 @@ def prune(
     """
     plan.check_model(model.config)
     check_compensation(compensation, plan, statistics)
-    slices = trace_units(model.config, plan.source.layers)
+    slices = trace_units(plan.source.layers)
     inner: Any = model.get_decoder()
     state = _outer_state(model, inplace)
     for index, kept in enumerate(plan.layers):
@@ -60,7 +60,10 @@ def prune(
         moments = _moments(statistics, index) if compensation == "least_squares" else {}
         new = prune_layer(dict(layer.state_dict()), kept, slices[index], moments, clone=not inplace)
         state |= {f"model.layers.{index}.{name}": tensor for name, tensor in new.items()}
-    pruned = _assemble(model, plan, state)
+    pruned = assemble(model, pruned_config(model.config, plan), state)
+    previous = getattr(model, "prune_plan", None)
+    whole = PruningPlan.from_dict(previous).compose(plan) if previous else plan
+    pruned.prune_plan = whole.to_dict()
     if compensation == "least_squares" and statistics is not None and statistics.calibration is not None:
         refit_on_pruned_prefix(model, pruned, statistics.calibration)
     if inplace:
@@ -151,14 +154,21 @@ def check_compensation(compensation: str, plan: PruningPlan, statistics: Statist
 
 
 def pruned_config(config: Any, plan: PruningPlan) -> PrunedLlamaConfig:
-    """`config` with the layer sizes of `plan`: global values stay, layers that differ go to `per_layer_config`."""
+    """`config` with the layer sizes and biases of `plan`."""
+    return config_of_layers(
+        config, plan.target.layers, attention_bias=plan.attention_bias, mlp_bias=plan.mlp_bias
+    )
+
+
+def config_of_layers(config: Any, shapes: Sequence[LayerShape], **values: Any) -> PrunedLlamaConfig:
+    """`config` with layers of these `shapes`: global values stay, layers that differ go to `per_layer_config`."""
     from .configuration_pruned_llama import PrunedLlamaConfig
 
-    values = config.to_dict()
+    kept = config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "per_layer_config", "layer_types", "transformers_version"):
-        values.pop(key, None)
+        kept.pop(key, None)
     layers = {}
-    for index, shape in enumerate(plan.target.layers):
+    for index, shape in enumerate(shapes):
         sizes: dict[str, Any] = {}
         if shape.kv_heads:
             sizes |= {"num_attention_heads": shape.query_heads, "num_key_value_heads": shape.kv_heads}
@@ -167,8 +177,33 @@ def pruned_config(config: Any, plan: PruningPlan) -> PrunedLlamaConfig:
         if shape.skip:
             sizes["skip"] = shape.skip
         layers[index] = sizes
-    values |= {"attention_bias": plan.attention_bias, "mlp_bias": plan.mlp_bias}
-    return PrunedLlamaConfig(**values, per_layer_config=layers)
+    return PrunedLlamaConfig(**{**kept, **values}, per_layer_config=layers)
+
+
+def assemble(
+    model: PreTrainedModel, config: PrunedLlamaConfig, state: dict[str, torch.Tensor]
+) -> PrunedLlamaForCausalLM:
+    """A pruned model that holds the tensors of `state`, in eval mode, set up like `model`.
+
+    Args:
+        model: gives the attention implementation and the generation config.
+        config: the sizes of `state`.
+        state: every weight but a tied head; taken, not copied.
+    """
+    from accelerate import init_empty_weights
+
+    from .modeling_pruned_llama import PrunedLlamaForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        pruned = PrunedLlamaForCausalLM(config)
+    pruned.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)
+    pruned.tie_weights()
+    pruned.set_attn_implementation(model.config._attn_implementation)
+    pruned.model.rotary_emb.to(state["model.embed_tokens.weight"].device)
+    pruned.generation_config = model.generation_config
+    for parameter in pruned.parameters():
+        parameter.requires_grad_(True)
+    return pruned.eval()
 
 
 def _changed(kept: LayerPlan, slices: UnitSlices, kind: str) -> bool:
@@ -191,26 +226,3 @@ def _outer_state(model: PreTrainedModel, inplace: bool) -> dict[str, torch.Tenso
     tied = model.config.tie_word_embeddings
     names = ["model.embed_tokens.weight", "model.norm.weight", *([] if tied else ["lm_head.weight"])]
     return {n: model.get_parameter(n).detach() if inplace else model.get_parameter(n).detach().clone() for n in names}
-
-
-def _assemble(model: PreTrainedModel, plan: PruningPlan, state: dict[str, torch.Tensor]) -> PrunedLlamaForCausalLM:
-    from accelerate import init_empty_weights
-
-    from .modeling_pruned_llama import PrunedLlamaForCausalLM
-
-    attention = model.config._attn_implementation
-    config = pruned_config(model.config, plan)
-    with init_empty_weights(include_buffers=False):
-        pruned = PrunedLlamaForCausalLM(config)
-    pruned.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)
-    pruned.tie_weights()
-    pruned.set_attn_implementation(attention)
-    device = state["model.embed_tokens.weight"].device
-    pruned.model.rotary_emb.to(device)
-    pruned.generation_config = model.generation_config
-    for parameter in pruned.parameters():
-        parameter.requires_grad_(True)
-    previous = getattr(model, "prune_plan", None)
-    whole = PruningPlan.from_dict(previous).compose(plan) if previous else plan
-    pruned.prune_plan = whole.to_dict()
-    return pruned.eval()

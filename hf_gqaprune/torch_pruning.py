@@ -17,7 +17,7 @@ from torch import nn
 from .errors import WorkError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from .modeling_pruned_llama import PrunedLlamaForCausalLM
     from .plan import LayerShape
@@ -48,16 +48,14 @@ class UnitSlices:
     group_of_query: torch.Tensor
     ffn: Mapping[str, torch.Tensor]
 
-    def output_columns(self, kind: str) -> torch.Tensor:
-        """Columns of `o_proj` per KV group `(n_kv, n_rep * head_dim)`, or of `down_proj` per channel `(n_ffn, 1)`."""
+    def units(self, kind: str) -> dict[str, tuple[int, torch.Tensor]]:
+        """`{projection: (dim, index)}` of a block, `index` int64 `(n_units, width)`: per KV group, or per FFN channel."""
         if kind == "mlp":
-            return self.ffn["mlp.down_proj"]
+            return {name: (_dim(name), index) for name, index in self.ffn.items()}
         groups = len(self.kv["self_attn.k_proj"])
-        return torch.cat([self.query_columns(group) for group in range(groups)]).view(groups, -1)
-
-    def query_columns(self, group: int) -> torch.Tensor:
-        """Columns of `o_proj` that KV group `group` feeds, flat int64 `(n_rep * head_dim,)`."""
-        return self.query["self_attn.o_proj"][self.group_of_query == group].flatten()
+        owned = [self.group_of_query == group for group in range(groups)]
+        query = {name: torch.stack([index[mine].flatten() for mine in owned]) for name, index in self.query.items()}
+        return {name: (_dim(name), index) for name, index in {**self.kv, **query}.items()}
 
     def kept(self, kv_groups: tuple[int, ...], query_heads: tuple[int, ...], ffn: tuple[int, ...]) -> dict[str, Any]:
         """`{projection: (dim, kept indices)}` for the projections of one layer; dim 0 = rows, 1 = columns."""
@@ -251,48 +249,28 @@ def to_pruned_llama(model: PreTrainedModel) -> PrunedLlamaForCausalLM:
         model: a Llama or pruned Llama causal LM after pruning by whole KV groups in place; it shares its weights with
             the result.
     """
-    from accelerate import init_empty_weights
+    from .plan import LayerShape
+    from .surgery import assemble, config_of_layers
 
-    from .configuration_pruned_llama import PrunedLlamaConfig
-    from .modeling_pruned_llama import PrunedLlamaForCausalLM
-
-    inner: Any = model.get_decoder()
-    sizes = {}
-    for index, layer in enumerate(inner.layers):
-        attention, mlp = layer.self_attn, layer.mlp
-        size: dict[str, Any] = {"skip": [name for name, block in (("attention", attention), ("mlp", mlp)) if block is None]}
-        if attention is not None:
-            size["num_attention_heads"] = attention.q_proj.out_features // attention.head_dim
-            size["num_key_value_heads"] = attention.k_proj.out_features // attention.head_dim
-        if mlp is not None:
-            size["intermediate_size"] = mlp.up_proj.out_features
-        sizes[index] = {name: value for name, value in size.items() if value}
-    values = model.config.to_dict()
-    for key in ("model_type", "architectures", "auto_map", "per_layer_config", "layer_types", "transformers_version"):
-        values.pop(key, None)
-    config = PrunedLlamaConfig(**values, per_layer_config=sizes)
-    with init_empty_weights(include_buffers=False):
-        pruned = PrunedLlamaForCausalLM(config)
-    pruned.load_state_dict(model.state_dict(), assign=True)
-    pruned.tie_weights()
-    pruned.model.rotary_emb.to(model.get_input_embeddings().weight.device)
-    pruned.set_attn_implementation(model.config._attn_implementation)
-    pruned.generation_config = model.generation_config
-    return pruned.train(model.training)
+    config, inner = model.config, model.get_decoder()
+    shapes = []
+    for layer, before in zip(inner.layers, config.per_layer_config, strict=True):
+        attention, mlp, d = layer.self_attn, layer.mlp, before.head_dim
+        query, kv = (0, 0) if attention is None else (attention.q_proj.out_features, attention.k_proj.out_features)
+        shapes.append(LayerShape(query // d, kv // d, 0 if mlp is None else mlp.up_proj.out_features, d))
+    return assemble(model, config_of_layers(config, shapes), dict(model.state_dict())).train(model.training)
 
 
-def trace_units(config: PreTrainedConfig, shapes: tuple[LayerShape, ...]) -> tuple[UnitSlices, ...]:
-    """Index sets of every layer of a Llama of these `shapes`; layers of equal shape share one traced object.
+def trace_units(shapes: tuple[LayerShape, ...]) -> tuple[UnitSlices, ...]:
+    """Index sets of every layer of a Llama of these `shapes` (`plan.layer_shapes(config)`).
 
-    Args:
-        config: a Llama or pruned Llama config; only its widths and biases are read.
-        shapes: the sizes of its layers (`plan.layer_shapes(config)`).
+    Layers of equal shape share one traced object.
     """
-    traced = {shape: _trace_layer(config, shape) for shape in dict.fromkeys(shapes)}
+    traced = {shape: _trace_layer(shape) for shape in dict.fromkeys(shapes)}
     return tuple(traced[shape] for shape in shapes)
 
 
-def _trace_layer(config: Any, shape: LayerShape) -> UnitSlices:
+def _trace_layer(shape: LayerShape) -> UnitSlices:
     """Trace a one-layer Llama with the sizes of `shape`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

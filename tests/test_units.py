@@ -16,7 +16,7 @@ SHAPES = [(1, 1, 8), (1, 3, 16), (2, 2, 8), (3, 1, 4), (2, 3, 64), (4, 4, 8), (2
 
 
 def trace(config: PreTrainedConfig):
-    return trace_units(config, layer_shapes(config))
+    return trace_units(layer_shapes(config))
 
 
 @pytest.mark.parametrize(("kv_heads", "n_rep", "head_dim"), SHAPES)
@@ -41,9 +41,9 @@ def test_units_follow_repeat_kv(kv_heads: int, n_rep: int, head_dim: int) -> Non
 
 def test_output_columns_by_hand() -> None:
     (units,) = trace(tiny_config(kv_heads=2, n_rep=2, head_dim=2, ffn=3, layers=1))
-    assert units.output_columns("attention").tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert units.output_columns("mlp").tolist() == [[0], [1], [2]]
-    assert units.query_columns(1).tolist() == [4, 5, 6, 7]
+    assert units.units("attention")["self_attn.o_proj"][1].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert units.units("mlp")["mlp.down_proj"][1].tolist() == [[0], [1], [2]]
+    assert units.units("attention")["self_attn.o_proj"][1][1].tolist() == [4, 5, 6, 7]
     kept = {name: (dim, index.tolist()) for name, (dim, index) in units.kept((1,), (2, 3), (0, 2)).items()}
     assert kept == {
         "self_attn.k_proj": (0, [2, 3]),
@@ -108,7 +108,7 @@ def test_a_group_is_the_same_from_whichever_projection_it_is_entered(n_rep: int)
 
 def test_equal_layers_share_one_trace_and_skipped_blocks_are_empty() -> None:
     shapes = (LayerShape(4, 2, 6, 8), LayerShape(0, 0, 6, 8), LayerShape(4, 2, 0, 8), LayerShape(4, 2, 6, 8))
-    units = trace_units(tiny_config(), shapes)
+    units = trace_units(shapes)
     assert units[0] is units[3]
     assert [len(u.group_of_query) for u in units] == [4, 0, 4, 4]
     assert units[1].kv["self_attn.k_proj"].shape == (0, 8)

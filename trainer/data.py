@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..calibration import parse_weight
+from ..calibration import cut_windows, parse_weight, token_ids
 from ..errors import UsageError
 from ..text import Text, load_text
 from .presets import Settings
@@ -144,7 +144,7 @@ def tokenized(tokenizer: Any, source: Text | Rows, seq_len: int, limit: int | No
 
 def text_windows(tokenizer: Any, text: Text, seq_len: int) -> list[Row]:
     """Disjoint windows of BOS + `seq_len - 1` text tokens (`seq_len` where there is no BOS), in order."""
-    return _windows(tokenizer, _ids(tokenizer, text.content), seq_len, text.name)
+    return _windows(tokenizer, token_ids(tokenizer, text.content), seq_len, text.name)
 
 
 def _streamed_windows(tokenizer: Any, source: Rows, seq_len: int, limit: int | None) -> list[Row]:
@@ -153,25 +153,15 @@ def _streamed_windows(tokenizer: Any, source: Rows, seq_len: int, limit: int | N
     for example in source.examples:
         text = f"{example['text']}\n\n"
         digest.update(text.encode())
-        ids += _ids(tokenizer, text)
+        ids += token_ids(tokenizer, text)
         if limit is not None and len(ids) >= limit:
             break
     source.sha256 = digest.hexdigest()
     return _windows(tokenizer, ids, seq_len, source.name)
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False, return_attention_mask=False)["input_ids"]
-
-
 def _windows(tokenizer: Any, ids: list[int], seq_len: int, name: str) -> list[Row]:
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    span = seq_len - len(bos)
-    if len(ids) < span:
-        raise UsageError(
-            f"{name} has {len(ids)} tokens, fewer than one window of {span}: give more text or lower --seq-len"
-        )
-    return [Row(bos + ids[start : start + span]) for start in range(0, len(ids) - span + 1, span)]
+    return [Row(row) for row in cut_windows(tokenizer, ids, seq_len, name).tolist()]
 
 
 def _example(tokenizer: Any, example: dict[str, Any], source: Rows, seq_len: int) -> Row:

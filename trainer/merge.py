@@ -95,8 +95,11 @@ def write_adapter_identity(adapter: Path, base: str | Path, folder: Path, base_f
     write_json(adapter / ADAPTER_CONFIG, {**config, "base_model_name_or_path": None if local else str(base)})
 
 
-def write_checkpoint(model: PreTrainedModel, base: Path, output: Path) -> None:
-    """Save `model` to `output` with everything of `base` that is not weights, and its own `gqaprune.json`."""
+def write_checkpoint(model: PreTrainedModel, base: Path, output: Path, **known: object) -> None:
+    """Save `model` to `output` with everything of `base` that is not weights, and its own `gqaprune.json`.
+
+    `known` goes into `gqaprune.json` beside the fingerprint, over what `base` says of itself there.
+    """
     model.save_pretrained(output)
     for pattern in _CARRIED:
         for path in base.glob(pattern):
@@ -105,8 +108,8 @@ def write_checkpoint(model: PreTrainedModel, base: Path, output: Path) -> None:
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
-    known = identity.read(base) or {}
-    identity.write(output, **{**_unversioned(known), "fingerprint": identity.fingerprint(output)})
+    inherited = _unversioned(identity.read(base) or {})
+    identity.write(output, **{**inherited, **known, "fingerprint": identity.fingerprint(output)})
 
 
 def _unversioned(known: dict[str, object]) -> dict[str, object]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, unknown
-from ..text import NAMED, Text, load_text
+from ..text import NAMED, TABLES, Text, load_text
 
 #: kind of example -> the columns that make it, in the order they are looked for
 KINDS: dict[str, tuple[str, ...]] = {
@@ -17,8 +17,6 @@ KINDS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
-#: file ending -> builder of `datasets`
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass
@@ -49,9 +47,9 @@ def open_source(source: str, split: str, streaming: bool = False) -> Text | Rows
         UsageError: for a source that is not there, a split it does not have, or columns that make no example.
     """
     path = Path(source)
-    if source in NAMED or (path.is_file() and path.suffix not in _BUILDERS):
+    if source in NAMED or (path.is_file() and path.suffix not in TABLES):
         return load_text(source, split="train")
-    if path.suffix in (*_BUILDERS, ".txt", ".md") and not path.is_file():
+    if path.suffix in (*TABLES, ".txt", ".md") and not path.is_file():
         raise UsageError(f"no such file: {source}")
     if not (path.exists() or "/" in source):
         raise unknown("text", source, [*NAMED, "a file", "a dataset id ORG/NAME"])
@@ -77,7 +75,7 @@ def _open_dataset(source: str, split: str, streaming: bool) -> Any:
     path = Path(source)
     try:
         if path.is_file():
-            builder = _BUILDERS[path.suffix]
+            builder = TABLES[path.suffix]
             return datasets.load_dataset(builder, data_files={"train": source}, split=split, streaming=streaming)
         if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
             return _saved(datasets.load_from_disk(source), source, split)
