@@ -156,7 +156,13 @@ def plan_model(request: PruneRequest) -> PruningPlan:
 
 
 def prune_model(request: PruneRequest, output: str | Path, *, overwrite: bool = False) -> PruningPlan:
-    """Decide, prune, and write the checkpoint with tokenizer, generation config, plan and licence files."""
+    """Decide, prune, and write the checkpoint with tokenizer, generation config, plan and licence files.
+
+    Returns:
+        The plan that was applied to `request.model`. The checkpoint's own, in `prune_plan.json`, begins at the dense
+        model where `request.model` was pruned before; that one's hash is in `gqaprune.json`.
+    """
+    from .plan import PruningPlan
     from .surgery import prune
     from .trainer.merge import write_checkpoint
     from .trainer.models import load_model
@@ -168,7 +174,8 @@ def prune_model(request: PruneRequest, output: str | Path, *, overwrite: bool = 
     pruned = prune(model, plan, statistics, compensation=request.compensation, inplace=True)
     base = identity.fingerprint(prepared.folder)
     with new_folder(output, overwrite) as scratch:
-        write_checkpoint(pruned, prepared.folder, scratch, plan_hash=plan.hash(), base_fingerprint=base)
+        whole = PruningPlan.from_dict(pruned.prune_plan)
+        write_checkpoint(pruned, prepared.folder, scratch, plan_hash=whole.hash(), base_fingerprint=base)
     return plan
 
 
@@ -272,6 +279,10 @@ def _check_evaluation(recipe: Recipe, prepared: Prepared) -> None:
     evaluate = recipe.evaluate
     window(load_config(prepared.folder), evaluate.seq_len, evaluate.stride)
     texts = [load_text(name, split="test") for name in evaluate.data]
+    names = [text.name for text in texts]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"two evaluation texts are called {name!r}, and a report has one of a name: rename a file")
     used = prepared.calibration.record() if prepared.calibration else []
     refuse_overlap(used, [{"name": t.name, "split": t.split, "sha256": t.sha256} for t in texts])
     if evaluate.tasks:
@@ -351,7 +362,7 @@ def _report(recipe: Recipe, folder: Path, prepared: Prepared, final: str) -> Non
         stages.append(
             Stage(name, count_parameters(model), trainable if name == RECOVERED else None, perplexity, tasks)
         )
-    plan = PruningPlan.load(folder / PLAN)
+    plan = PruningPlan.load(folder / PRUNED / "prune_plan.json")
     calibration = tuple(prepared.calibration.record()) if prepared.calibration else ()
     name = recipe.without_paths().model
     report = Report(name, tuple(stages), plan.summary(), versions(), recipe.seed, calibration)

@@ -159,3 +159,26 @@ def test_a_checkpoint_of_a_run_computes_what_the_pruned_model_does(tmp_path, rec
     ids = torch.arange(5, 40)[None]
     expected = gp.prune(dense, plan, compensation="none")(ids).logits
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "pruned")(ids).logits, expected)
+
+
+def test_a_pruned_model_is_pruned_again(tmp_path, recipe):
+    assert main(["run", str(recipe)]) == 0
+    first, second = tmp_path / "out" / "pruned", tmp_path / "again" / "pruned"
+    assert main(["run", str(recipe), "--set", f"model={first}", "--set", f"output={second.parent}"]) == 0
+    steps = [gp.PruningPlan.load(folder.parent / "plan.json") for folder in (first, second)]
+    whole = gp.PruningPlan.load(second / "prune_plan.json")
+    assert whole == steps[0].compose(steps[1])
+    assert identity.read(second)["plan_hash"] == whole.hash()
+    assert identity.read(second)["base_fingerprint"] == identity.fingerprint(first)
+    report = json.loads((second.parent / "report.json").read_text())
+    assert report["plan"]["hash"] == whole.hash()
+    assert [stage["parameters"] for stage in report["stages"]] == [cost.parameters for cost in (steps[1].before, whole.after)]
+
+
+def test_two_evaluation_texts_of_one_name_are_refused(capsys, tmp_path, recipe):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "test.txt").write_text(counting(5))
+    both = f"evaluate.data=[{tmp_path}/test.txt, {tmp_path}/other/test.txt]"
+    assert main(["run", str(recipe), "--set", both]) == 2
+    assert "two evaluation texts are called 'test'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
