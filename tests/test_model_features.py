@@ -94,7 +94,8 @@ def assert_computes_the_same(lm: Any, twin: Any, ids: torch.Tensor, mask: torch.
     assert float((ours - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
 
 
-@settings(max_examples=25, deadline=None)
+# the same draws every time: float32 rounding alone, amplified by random weights, reaches 1e-5 once in thousands of them
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_layers_of_any_size_compute_what_their_dense_twin_computes(data: st.DataObject) -> None:
     """n_rep, KV heads, FFN width and skips drawn layer by layer, biases, tying, head width, attention and padding."""
@@ -131,6 +132,9 @@ def test_layers_of_any_size_compute_what_their_dense_twin_computes(data: st.Data
     mask = torch.ones(2, 10, dtype=torch.long)
     mask[0, :3] = 0
     assert_computes_the_same(lm, twin, token_ids(), mask)
+    with torch.no_grad():
+        ours, theirs = (one.double()(token_ids(), use_cache=False).logits for one in (lm, twin))
+    assert float((ours - theirs).abs().max()) <= 1e-12 * float(theirs.abs().max())
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
