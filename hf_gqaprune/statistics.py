@@ -173,7 +173,7 @@ def collect_statistics(
     _check_weights(layers)
     taps: dict[tuple[int, str], _Tap] = {}
     with ExitStack() as stack:
-        stack.enter_context(_frozen(model))
+        stack.enter_context(frozen(model))
         for index, shape in enumerate(source.layers):
             for kind in KINDS:
                 if kind not in shape.skip:
@@ -286,7 +286,7 @@ def _run(model: PreTrainedModel, calibration: Calibration, backward: bool) -> No
 
 
 @contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
+def frozen(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode and no parameter with a gradient; both restored."""
     was_training = model.training
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,0 +1,107 @@
+"""The natural-gradient step: its direction, the step length by held-out divergence, and what it leaves alone."""
+
+import pytest
+import torch
+from tiny import tiny_llama
+from torch.nn import functional as F
+
+import hf_gqaprune as gp
+from hf_gqaprune.correction import _measure, natural_gradient_step
+from hf_gqaprune.plan import LayerPlan, PruningPlan
+
+
+def _half_of_the_ffn(model):
+    source = PruningPlan.keep_all(model.config).source
+    kept = [LayerPlan.of_groups(shape, range(shape.kv_heads), range(shape.ffn // 2)) for shape in source.layers]
+    return PruningPlan(source, tuple(kept))
+
+
+@pytest.fixture
+def models():
+    """A dense model, one with half of its FFN, and calibration of 32 windows."""
+    model = tiny_llama(layers=2, ffn=24)
+    ids = torch.randint(2, model.config.vocab_size, (32, 16), generator=torch.Generator().manual_seed(1))
+    return model, gp.prune(model, _half_of_the_ffn(model), compensation="none"), gp.Calibration(ids)
+
+
+def _divergence(model, pruned, ids):
+    with torch.no_grad():
+        wanted, given = (m(ids).logits.log_softmax(-1) for m in (model, pruned))
+    return float(F.kl_div(given, wanted, log_target=True, reduction="sum")) / ids.numel()
+
+
+def _weights(model):
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+
+def test_the_slope_is_the_gradient_of_the_divergence(models):
+    model, pruned, calibration = models
+    taps = _measure(model, pruned, calibration)
+    ids = calibration.fitted
+    with torch.no_grad():
+        wanted = model(ids).logits.log_softmax(-1)
+    F.kl_div(pruned(ids).logits.log_softmax(-1), wanted, log_target=True, reduction="sum").backward()
+    layers = pruned.model.layers
+    linears = [linear for layer in layers for linear in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+    assert [tap.linear for tap in taps] == linears
+    for tap in taps:
+        torch.testing.assert_close(tap.slope, tap.linear.weight.grad, rtol=1e-3, atol=1e-4)
+        assert tap.tokens == ids.numel()
+
+
+def test_the_direction_solves_both_sides(models):
+    model, pruned, calibration = models
+    for tap in _measure(model, pruned, calibration):
+        def ridged(total, tokens=tap.tokens):
+            mean = total.double() / tokens
+            return mean + 0.01 * mean.diagonal().mean() * torch.eye(len(mean), dtype=torch.float64)
+
+        back = ridged(tap.outputs) @ tap.direction() @ ridged(tap.inputs)
+        torch.testing.assert_close(back, tap.slope.double() / tap.tokens)
+
+
+def test_held_out_divergence_falls_and_only_output_projections_move(models):
+    model, pruned, calibration = models
+    before, dense = _weights(pruned), _weights(model)
+    start = _divergence(model, pruned, calibration.held_out)
+    assert natural_gradient_step(model, pruned, calibration) > 0
+    assert _divergence(model, pruned, calibration.held_out) < start
+    for name, weight in pruned.named_parameters():
+        moved = name.endswith(("o_proj.weight", "down_proj.weight"))
+        assert torch.equal(weight, before[name]) is not moved, name
+        assert weight.requires_grad and weight.grad is None
+    assert all(torch.equal(weight, dense[name]) for name, weight in model.named_parameters())
+    assert not any(module._forward_hooks for module in pruned.modules())
+
+
+def test_the_same_step_twice_is_the_same_bits(models):
+    model, pruned, calibration = models
+    again = gp.prune(model, _half_of_the_ffn(model), compensation="none")
+    assert natural_gradient_step(model, pruned, calibration) == natural_gradient_step(model, again, calibration)
+    assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), again.parameters(), strict=True))
+
+
+def test_without_held_out_windows_nothing_changes(models):
+    model, pruned, calibration = models
+    before = _weights(pruned)
+    assert natural_gradient_step(model, pruned, gp.Calibration(calibration.ids[:7])) == 0.0
+    assert all(torch.equal(weight, before[name]) for name, weight in pruned.named_parameters())
+
+
+def test_a_model_that_predicts_the_same_keeps_its_bits(models):
+    model, _, calibration = models
+    same = gp.prune(model, PruningPlan.keep_all(model.config), compensation="none")
+    before = _weights(same)
+    assert natural_gradient_step(model, same, calibration) == 0.0
+    assert all(torch.equal(weight, before[name]) for name, weight in same.named_parameters())
+
+
+def test_half_precision_keeps_its_dtype(models):
+    model, _, calibration = models
+    model = model.to(torch.bfloat16)
+    pruned = gp.prune(model, _half_of_the_ffn(model), compensation="none")
+    start = _divergence(model.float(), pruned.float(), calibration.held_out)
+    model, pruned = model.to(torch.bfloat16), pruned.to(torch.bfloat16)
+    natural_gradient_step(model, pruned, calibration)
+    assert {weight.dtype for weight in pruned.parameters()} == {torch.bfloat16}
+    assert _divergence(model.float(), pruned.float(), calibration.held_out) <= start * 1.05
