@@ -147,6 +147,26 @@ def wanda(block: Block) -> Curve:
     return Curve.from_scores(columns.double()[block.columns].sum(1))
 
 
+def flap(block: Block) -> Curve:
+    """Fluctuation of a unit: sum of Var(x_j) * ||W_:j||^2 over its columns, standardised over the units of the block.
+
+    WIFV of FLAP (An et al. 2024, arXiv:2312.11983, eq. 5 and 6). FLAP removes what stands lowest, z, in its block,
+    whatever its size; `global` spends where cost per parameter is least. So a unit costs exp(z) times its parameters:
+    per parameter a function of z alone, the same and increasing in every block, and positive, which curves need and no
+    shift could promise for every z. The factor N / (N - 1) of the sample variance cancels in z.
+    """
+    assert block.moments is not None  # noqa: S101  (registered with moments=True)
+    mean = block.moments.input_mean.double()
+    variance = (block.moments.inputs.diagonal().double() - mean.square()).clamp(min=0)
+    columns = variance * block.weights[block.output].double().square().sum(0).cpu()
+    scores = columns[block.columns].sum(1)  # (n_units,)
+    spread = float(scores.std()) if len(scores) > 1 else 0.0
+    # units that are equal but for rounding all stand at 0
+    z = (scores - scores.mean()) / spread if spread > 1e-12 * float(scores.max()) else torch.zeros_like(scores)
+    parameters = sum(index.shape[1] * block.weights[name].shape[1 - dim] for name, (dim, index) in block.units.items())
+    return Curve.from_scores(parameters * z.exp())
+
+
 def curvature(block: Block) -> Curve:
     """Greedy removal under a Kronecker-factored Fisher, everything else re-fitted after each removal.
 
@@ -167,6 +187,7 @@ CRITERIA: dict[str, Criterion] = {
     "taylor_unit": Criterion(taylor_unit, weight_gradients=True),
     "taylor_signed": Criterion(taylor_signed, weight_gradients=True),
     "wanda": Criterion(wanda, moments=True),
+    "flap": Criterion(flap, moments=True),
     "magnitude": Criterion(magnitude),
     "magnitude_l1": Criterion(magnitude_l1),
     "random": Criterion(random),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,18 @@ from hf_gqaprune.importance import CRITERIA, Block, Curve
 from hf_gqaprune.statistics import Moments
 
 
-def ffn_block(**kwargs: Any) -> Block:
-    """An FFN with hidden size 1 and two channels: gate (1, 3), up (2, -1), down (-4, 2)."""
-    index = torch.tensor([[0], [1]])
+def ffn_block(
+    gate: Sequence[float] = (1, 3), up: Sequence[float] = (2, -1), down: Sequence[float] = (-4, 2), **kwargs: Any
+) -> Block:
+    """An FFN with hidden size 1, by default of two channels."""
+    index = torch.arange(len(down))[:, None]
     return Block(
         layer=0,
         kind="mlp",
         weights={
-            "mlp.gate_proj": torch.tensor([[1.0], [3.0]]),
-            "mlp.up_proj": torch.tensor([[2.0], [-1.0]]),
-            "mlp.down_proj": torch.tensor([[-4.0, 2.0]]),
+            "mlp.gate_proj": torch.tensor(gate, dtype=torch.float32)[:, None],
+            "mlp.up_proj": torch.tensor(up, dtype=torch.float32)[:, None],
+            "mlp.down_proj": torch.tensor(down, dtype=torch.float32)[None],
         },
         units={"mlp.gate_proj": (0, index), "mlp.up_proj": (0, index), "mlp.down_proj": (1, index)},
         **kwargs,
@@ -66,6 +70,11 @@ def test_criteria_by_hand(criterion: str, order: list[int], cost: list[float]) -
     assert curve.cost.dtype == torch.float64
 
 
+def test_flap_of_inputs_that_never_change_ranks_nothing() -> None:
+    moments = Moments(1, torch.tensor([[1.0, 2.0], [2.0, 4.0]]), torch.tensor([1.0, 2.0]))
+    assert CRITERIA["flap"].curve(ffn_block(moments=moments)).cost.tolist() == [3.0, 6.0]
+
+
 def test_curvature_by_hand() -> None:
     """H + ridge I = diag(4.065, 9.065) and G = 0.5: removing column j alone costs G w_j^2 H_jj, nothing to re-fit."""
     moments = Moments(1, torch.diag(torch.tensor([4.0, 9.0])), torch.zeros(2), torch.tensor([[0.5]]))
@@ -75,29 +84,68 @@ def test_curvature_by_hand() -> None:
     assert curve.cost.tolist() == pytest.approx([first, first + second], rel=1e-6)
 
 
-def test_a_kv_group_counts_all_its_query_heads() -> None:
-    """One criterion value per group: K row, V row, and the Q rows and O columns of both of its query heads."""
+def test_flap_by_hand() -> None:
+    """Variances 2 - 1, 1.5 - 1 and 10 - 4, squared weights 1, 4 and 1: fluctuations 1, 2 and 6.
+
+    Their mean is 3 and their variance (4 + 1 + 9) / 2 = 7; every channel has 3 weights.
+    """
+    moments = Moments(9, torch.diag(torch.tensor([2, 1.5, 10])), torch.tensor([1.0, -1.0, 2.0]))
+    curve = CRITERIA["flap"].curve(ffn_block((9, 1, 5), (1, 1, 1), (1, -2, 1), moments=moments))
+    steps = [3 * math.exp(z / math.sqrt(7)) for z in (-2, -1, 3)]
+    assert curve.order.tolist() == [0, 1, 2]
+    assert curve.cost.tolist() == pytest.approx(list(itertools.accumulate(steps)), rel=1e-6)
+
+
+def test_flap_sums_the_columns_of_a_group_and_counts_its_weights() -> None:
+    """Two groups always stand at -1/sqrt(2) and 1/sqrt(2); each has 1 + 1 + 2 + 2 weights."""
+    # fluctuations per column 5, 0, 2, 2: the column that varies most is in the group that varies most
+    moments = Moments(4, torch.diag(torch.tensor([5.0, 0.0, 2.0, 2.0])), torch.zeros(4))
+    curve = CRITERIA["flap"].curve(group_block([1.0, 1.0, 1.0, 1.0], moments=moments))
+    low, high = (6 * math.exp(sign / math.sqrt(2)) for sign in (-1, 1))
+    assert curve.order.tolist() == [1, 0]
+    assert curve.cost.tolist() == pytest.approx([low, low + high], rel=1e-6)
+
+
+@pytest.mark.parametrize("values", [[0.7], [0.7, 0.7, 0.7], [0.0, 0.0]])
+def test_flap_of_equal_units_is_their_size(values: list[float]) -> None:
+    count = len(values)
+    moments = Moments(4, torch.diag(torch.tensor(values)), torch.zeros(count))
+    curve = CRITERIA["flap"].curve(ffn_block((1,) * count, (1,) * count, (0.3,) * count, moments=moments))
+    assert curve.cost.tolist() == [3 * n for n in range(1, count + 1)]
+
+
+def group_block(output: list[float], **kwargs: Any) -> Block:
+    """Attention with hidden size 1 and two groups of two query heads of width 1: K ones, V twos, Q threes."""
     one = torch.ones
     pairs = torch.tensor([[0, 1], [2, 3]])
-    block = Block(
+    return Block(
         0,
         "attention",
         {"self_attn.k_proj": one(2, 1), "self_attn.v_proj": 2 * one(2, 1), "self_attn.q_proj": 3 * one(4, 1)}
-        | {"self_attn.o_proj": torch.tensor([[1.0, 1.0, 5.0, 5.0]])},
+        | {"self_attn.o_proj": torch.tensor([output])},
         {
             "self_attn.k_proj": (0, torch.tensor([[0], [1]])),
             "self_attn.v_proj": (0, torch.tensor([[0], [1]])),
             "self_attn.q_proj": (0, pairs),
             "self_attn.o_proj": (1, pairs),
         },
+        **kwargs,
     )
-    curve = CRITERIA["magnitude_l1"].curve(block)
+
+
+def test_a_kv_group_counts_all_its_query_heads() -> None:
+    """One criterion value per group: K row, V row, and the Q rows and O columns of both of its query heads."""
+    curve = CRITERIA["magnitude_l1"].curve(group_block([1.0, 1.0, 5.0, 5.0]))
     assert curve.order.tolist() == [0, 1]
     assert curve.cost.tolist() == [1 + 2 + 6 + 2, 11 + 1 + 2 + 6 + 10]
 
 
 def test_random_depends_on_seed_layer_and_kind_alone() -> None:
     first = CRITERIA["random"].curve(ffn_block(seed=3))
+    # layer 0, FFN
+    drawn = torch.rand(2, generator=torch.Generator().manual_seed(3 * 1_000_003 + 1), dtype=torch.float64)
+    assert first.order.tolist() == drawn.argsort().tolist()
+    assert first.cost.tolist() == [float(drawn.min()), float(drawn.sum())]
     assert torch.equal(first.cost, CRITERIA["random"].curve(ffn_block(seed=3)).cost)
     assert not torch.equal(first.cost, CRITERIA["random"].curve(ffn_block(seed=4)).cost)
 
@@ -215,7 +263,7 @@ def test_a_pass_leaves_the_model_as_it_was(criterion: str) -> None:
         assert bool((block.curve.cost.diff() >= 0).all())
 
 
-@pytest.mark.parametrize("criterion", ["curvature", "taylor", "wanda"])
+@pytest.mark.parametrize("criterion", ["curvature", "taylor", "flap"])
 def test_statistics_round_trip_exactly(tmp_path: Path, criterion: str) -> None:
     statistics = collected(criterion, layers=2)
     statistics.save(tmp_path / "statistics")
