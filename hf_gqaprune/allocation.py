@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,7 +18,7 @@ Key = tuple[int, str]
 
 @dataclass(frozen=True)
 class Budget:
-    """What allocation is asked for.
+    """What allocation is asked for. Its units are KV groups and lots of `lot` FFN channels; kept layers are not in it.
 
     Attributes:
         shape: sizes of the model.
@@ -25,6 +27,9 @@ class Budget:
         units: `{block: number of units}`.
         floor: `{block: units that must stay}`.
         rest: parameters that go with the last unit of a block: its norm, and its output bias.
+        lot: FFN channels that are only traded together.
+        spare: `{FFN block: channels beyond a multiple of lot}`; they go in any case and are not part of `parameters`.
+        attention: parameters to take from attention blocks; None: wherever they cost least.
     """
 
     shape: ModelShape
@@ -33,16 +38,18 @@ class Budget:
     units: Mapping[Key, int]
     floor: Mapping[Key, int]
     rest: Mapping[Key, int]
+    lot: int
+    spare: Mapping[Key, int]
+    attention: float | None = None
 
     @property
     def removable(self) -> dict[Key, int]:
         """Units that may go, per block."""
         return {key: max(0, count - self.floor[key]) for key, count in self.units.items()}
 
-    @property
-    def most(self) -> int:
+    def most(self, kinds: Sequence[str] = ("attention", "mlp")) -> int:
         """Parameters that can be removed at the most."""
-        return sum(self.freed(key, count) for key, count in self.removable.items())
+        return sum(self.freed(key, count) for key, count in self.removable.items() if key[1] in kinds)
 
     def freed(self, key: Key, count: int) -> int:
         """Parameters that go with `count` units of a block."""
@@ -51,6 +58,19 @@ class Budget:
     def floor_or_all(self, key: Key) -> int:
         """Units that may go without the block itself going."""
         return min(self.removable[key], self.units[key] - 1)
+
+    def in_lots(self, key: Key, cost: torch.Tensor) -> torch.Tensor:
+        """A block's curve, float64 `(channels or groups,)`, at whole units of this budget: float64 `(units,)`."""
+        if key[1] == "attention":
+            return cost
+        spare = self.spare[key]
+        start = cost[spare - 1] if spare else 0.0
+        return cost[spare + self.lot - 1 :: self.lot] - start
+
+    def unpacked(self, removed: Mapping[Key, int]) -> dict[Key, int]:
+        """KV groups and FFN channels, of units of this budget."""
+        channels = {key: self.spare[key] + self.lot * n for key, n in removed.items() if key[1] == "mlp"}
+        return {**removed, **channels}
 
 
 def unit_parameters(shape: ModelShape) -> dict[Key, int]:
@@ -77,17 +97,36 @@ def allocate_global(budget: Budget, costs: Mapping[Key, torch.Tensor]) -> dict[K
         costs: `{block: float64 (n_units,)}`, cumulative cost of removing the first k + 1 units.
 
     Returns:
-        `{block: units removed}`, within half a channel of the budget wherever FFN channels are left to trade.
+        `{block: units removed}`, within half a channel of the budget wherever FFN channels are left to trade; where the
+        budget says what attention blocks give, the cheapest of their groups, to half a group.
     """
     removable = budget.removable
     segments: list[tuple[float, Key, int, int]] = []
-    for key, cost in costs.items():
+    for key in budget.units:
         points = [(0.0, 0.0)]
-        points += [(float(budget.freed(key, k + 1)), float(y)) for k, y in enumerate(cost[: removable[key]])]
+        points += [(float(budget.freed(key, k + 1)), float(y)) for k, y in enumerate(costs[key][: removable[key]])]
         for start, end in _hull(points):
             slope = (points[end][1] - points[start][1]) / (points[end][0] - points[start][0])
             segments.append((slope, key, start, end))
     segments.sort()
+    channels = [(key, start, end) for _, key, start, end in segments if key[1] == "mlp"]
+    share = budget.attention
+    if share is not None:
+        groups = [(key, n) for _, key, start, end in segments if key[1] == "attention" for n in range(start + 1, end + 1)]
+        sizes = [budget.freed(key, count) - budget.freed(key, count - 1) for key, count in groups]
+        freed = [0, *itertools.accumulate(sizes)]
+        # the count next to the share that channels can complete
+        counts = sorted(range(len(freed)), key=lambda n: abs(freed[n] - share))
+        return _fit(budget, groups, counts[:3], channels, slack=_half_channel(budget))
+    groups, beyond = _reached(budget, segments)
+    counts = [n for n in (len(groups), len(groups) - 1, len(groups) - 2, len(groups) + 1) if n >= 0]
+    return _fit(budget, groups + beyond[:1], counts, channels)
+
+
+def _reached(
+    budget: Budget, segments: Sequence[tuple[float, Key, int, int]]
+) -> tuple[list[tuple[Key, int]], list[tuple[Key, int]]]:
+    """`(block, count)` of the KV groups within the budget when `segments` are bought in order, and of those beyond."""
     groups: list[tuple[Key, int]] = []
     beyond: list[tuple[Key, int]] = []
     spent = 0
@@ -101,18 +140,25 @@ def allocate_global(budget: Budget, costs: Mapping[Key, torch.Tensor]) -> dict[K
                 break
             groups.append((key, count))
             spent += size
-    counts = [n for n in (len(groups), len(groups) - 1, len(groups) - 2, len(groups) + 1) if n >= 0]
-    channels = [(key, start, end) for _, key, start, end in segments if key[1] == "mlp"]
-    return _fit(budget, groups + beyond[:1], counts, channels)
+    return groups, beyond
+
+
+def _half_channel(budget: Budget) -> float:
+    """What a budget is met to where FFN channels are left to trade."""
+    return max((budget.unit[key] for key in budget.units if key[1] == "mlp"), default=0) / 2 + 1e-6
 
 
 def _fit(
-    budget: Budget, groups: list[tuple[Key, int]], counts: list[int], channels: list[tuple[Key, int, int]]
+    budget: Budget,
+    groups: list[tuple[Key, int]],
+    counts: list[int],
+    channels: list[tuple[Key, int, int]],
+    slack: float = 0.0,
 ) -> dict[Key, int]:
     """Take the first of `groups`, as many as one of `counts` says, and channels for the rest.
 
     At the budget all marginal costs per parameter are about equal, so one or two groups are traded for channels at no
-    cost: the count that meets the budget best is taken.
+    cost: the count that meets the budget best is taken, or the first that misses it by no more than `slack`.
     """
     options = []
     for take in counts:
@@ -137,7 +183,7 @@ def _fit(
         taken = _settle(budget, budget.removable, taken, left)
         options.append((abs(left - sum(budget.freed(key, count) for key, count in taken.items())), removed | taken))
     least = min(miss for miss, _ in options)
-    return next(removed for miss, removed in options if miss <= least + 1)
+    return next(removed for miss, removed in options if miss <= max(least + 1, slack))
 
 
 def _hull(points: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
@@ -177,16 +223,50 @@ def allocate_per_layer(budget: Budget, rates: Sequence[float]) -> dict[Key, int]
     removed = dict.fromkeys(budget.units, 0)
     for index, rate in enumerate(rates):
         keys = [key for key in budget.units if key[0] == index]
-        layer = Budget(
-            budget.shape,
-            rate * sum(budget.unit[key] * budget.units[key] for key in keys),
-            {key: budget.unit[key] for key in keys},
-            {key: budget.units[key] for key in keys},
-            {key: budget.floor[key] for key in keys},
-            {key: budget.rest[key] for key in keys},
-        )
+        size = sum(budget.unit[key] * budget.units[key] for key in keys)
+        layer = replace(budget, parameters=rate * size, units={key: budget.units[key] for key in keys})
         removed |= _at_rates(layer, dict.fromkeys(keys, rate), layer.parameters)
     return removed
+
+
+def allocate_layer_importance(budget: Budget, scores: Sequence[float], temperature: float) -> dict[Key, int]:
+    """Rates that fall with a layer's importance: softmax(-z / temperature), scaled to the budget, capped by the floors.
+
+    z are the scores, standardised over the layers of the budget, so that the temperature means the same for every
+    measure: at 1 a layer one standard deviation less important loses e times as much; a high one is `uniform`.
+
+    Args:
+        budget: what to remove.
+        scores: importance per layer of the model, any unit (see `layer_importance.measure`).
+        temperature: from 0.01.
+
+    Raises:
+        UsageError: for a list of another length or a score that is not finite.
+    """
+    layers = len(budget.shape.layers)
+    if len(scores) != layers:
+        raise UsageError(f"{len(scores)} layer scores for a model of {layers} layers: give one score per layer")
+    for index, score in enumerate(scores):
+        if not math.isfinite(score):
+            raise UsageError(f"layer {index}: score {score} must be a finite number")
+    present = sorted({layer for layer, _ in budget.units})
+    mean = statistics.fmean(scores[i] for i in present)
+    spread = statistics.pstdev(scores[i] for i in present) or 1.0
+    log_weight = {i: -(scores[i] - mean) / spread / temperature for i in present}
+    size = {i: sum(budget.unit[key] * n for key, n in budget.units.items() if key[0] == i) for i in present}
+    most = {i: sum(budget.freed(key, n) for key, n in budget.removable.items() if key[0] == i) for i in present}
+
+    def rates(log_scale: float) -> dict[int, float]:
+        # from e^-40, which removes nothing, so that every layer can make up for the rounding of the others
+        return {i: min(most[i] / size[i], math.exp(max(-40, min(1, log_scale + log_weight[i])))) for i in present}
+
+    low, high = -max(log_weight.values()) - 40, 1 - min(log_weight.values())
+    for _ in range(100):
+        middle = (low + high) / 2
+        enough = sum(rate * size[i] for i, rate in rates(middle).items()) >= budget.parameters
+        low, high = (low, middle) if enough else (middle, high)
+    chosen = rates(high)
+    return _at_rates(budget, {key: chosen[key[0]] for key in budget.units}, budget.parameters)
 
 
 def _at_rates(budget: Budget, rates: Mapping[Key, float], target: float) -> dict[Key, int]:
@@ -211,7 +291,7 @@ def _at_rates(budget: Budget, rates: Mapping[Key, float], target: float) -> dict
             miss = abs(target - sum(budget.freed(key, count) for key, count in removed.items()))
             if miss < least - 1e-6:
                 best, least = removed, miss
-            if least <= max((budget.unit[key] for key in budget.unit if key[1] == "mlp"), default=0) / 2 + 1e-6:
+            if least <= _half_channel(budget):
                 return best
     return best
 
@@ -257,4 +337,4 @@ def _settle(budget: Budget, limit: Mapping[Key, int], channels: dict[Key, int], 
 
 Allocation = Callable[[Budget, Mapping[Key, torch.Tensor]], dict[Key, int]]
 ALLOCATIONS: dict[str, Allocation] = {"global": allocate_global, "uniform": allocate_uniform}
-ALLOCATION_NAMES = (*ALLOCATIONS, "per_layer")
+ALLOCATION_NAMES = (*ALLOCATIONS, "per_layer", "layer_importance")

@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +39,13 @@ class PruneRequest:
     backbone_ratio: float | None = None
     criterion: str | None = None
     allocation: str = "global"
+    temperature: float | None = None
+    attention_share: float | None = None
     rates: tuple[float, ...] | None = None
     min_kv_heads: int = 1
     min_ffn: int = 1
+    keep_layers: tuple[int, ...] = ()
+    round_to: int | None = None
     compensation: str = "least_squares"
     calibration: tuple[str, ...] = ()
     samples: int = 128
@@ -77,7 +81,7 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
     from .calibration import Calibration
     from .importance import CRITERIA, DEFAULT
     from .plan import ModelShape, PruningPlan
-    from .planner import check_budget
+    from .planner import Demand, check_budget
     from .statistics import Statistics
     from .surgery import COMPENSATIONS
     from .trainer.models import check_weights, load_config, load_tokenizer, local_folder
@@ -96,20 +100,21 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
     folder = local_folder(request.model)
     config = load_config(folder)
     shape = ModelShape.from_config(config)
-    if not (planning_only and criterion == "random"):
+    scored = request.allocation == "layer_importance" and request.plan is None
+    if not (planning_only and criterion == "random") or scored:
         check_weights(folder)
     plan = None
     if request.plan is not None:
         plan = PruningPlan.load(request.plan)
         plan.check_model(config)
     else:
-        check_budget(shape, **_budget(request))
+        check_budget(shape, Demand(**_demand(request)))
     if statistics is not None and statistics.source != shape:
         raise UsageError(f"the statistics in {request.statistics} were collected on a model of other sizes")
     refit = request.compensation != "none" and not planning_only
     measured = CRITERIA[criterion].calibrated and plan is None
     calibration = None
-    if statistics is None and (measured or refit):
+    if (statistics is None and (measured or refit)) or (scored and not (statistics and statistics.calibration)):
         limit = int(config.max_position_embeddings)
         seq_len = min(2048, limit) if request.seq_len is None else request.seq_len
         if seq_len > limit:
@@ -124,6 +129,7 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
 
 def decide(prepared: Prepared, model: PreTrainedModel) -> tuple[PruningPlan, Statistics]:
     """Measure what has not been measured yet, and choose the plan that has not been given."""
+    from .layer_importance import measure
     from .planner import make_plan
     from .statistics import collect_statistics
 
@@ -137,14 +143,18 @@ def decide(prepared: Prepared, model: PreTrainedModel) -> tuple[PruningPlan, Sta
         )
         if request.save_statistics:
             statistics.save(request.save_statistics)
-    plan = prepared.plan or make_plan(statistics, **_budget(request))
-    return plan, statistics
+    if prepared.plan is not None:
+        return prepared.plan, statistics
+    windows = prepared.calibration or statistics.calibration
+    scores = measure(model, windows) if windows and request.allocation == "layer_importance" else None
+    return make_plan(statistics, layer_scores=scores, **_demand(request)), statistics
 
 
-def _budget(request: PruneRequest) -> dict[str, Any]:
-    """The arguments of `make_plan` that say how much goes where."""
-    names = ("ratio", "backbone_ratio", "rates", "allocation", "min_kv_heads", "min_ffn")
-    return {name: getattr(request, name) for name in names}
+def _demand(request: PruneRequest) -> dict[str, Any]:
+    """The arguments of `make_plan` that say how much goes, and from where."""
+    from .planner import Demand
+
+    return {field.name: getattr(request, field.name) for field in fields(Demand)}
 
 
 def plan_model(request: PruneRequest) -> PruningPlan:
@@ -152,7 +162,8 @@ def plan_model(request: PruneRequest) -> PruningPlan:
     from .planner import load_for_planning
 
     prepared = prepare(request, planning_only=True)
-    return decide(prepared, load_for_planning(prepared.folder, prepared.criterion))[0]
+    weights = prepared.criterion != "random" or request.allocation == "layer_importance"
+    return decide(prepared, load_for_planning(prepared.folder, weights=weights))[0]
 
 
 def prune_model(request: PruneRequest, output: str | Path, *, overwrite: bool = False) -> PruningPlan:
@@ -254,14 +265,9 @@ def _check_output(folder: Path, resume: bool, overwrite: bool) -> None:
 
 
 def _request(recipe: Recipe) -> PruneRequest:
-    prune = recipe.prune
     return PruneRequest(
         model=recipe.model,
-        ratio=prune.ratio,
-        backbone_ratio=prune.backbone_ratio,
-        criterion=prune.criterion,
-        allocation=prune.allocation,
-        compensation=prune.compensation,
+        **asdict(recipe.prune),
         calibration=recipe.calibration.data,
         samples=recipe.calibration.samples,
         seq_len=recipe.calibration.seq_len,

@@ -35,12 +35,19 @@ class CalibrationRecipe:
 
 @dataclass(frozen=True)
 class PruneRecipe:
-    """How much is removed, and which units. Exactly one of `ratio` (of all parameters) and `backbone_ratio`."""
+    """How much is removed, and which units. Exactly one of `ratio` (of all parameters) and `backbone_ratio`.
+
+    See `make_plan` for the fields. `allocation` is `global`, `uniform` or `layer_importance`.
+    """
 
     ratio: float | None = None
     backbone_ratio: float | None = None
     criterion: str = "curvature"
     allocation: str = "global"
+    temperature: float | None = None
+    attention_share: float | None = None
+    keep_layers: tuple[int, ...] = ()
+    round_to: int | None = None
     compensation: str = "least_squares"
 
 
@@ -224,8 +231,9 @@ def _value(hint: Any, value: object, key: str, source: str) -> Any:
     if is_dataclass(wanted):
         return _build(wanted, value, f"{key}.", source)  # type: ignore[arg-type]
     if typing.get_origin(wanted) is tuple:
-        items = [value] if isinstance(value, str) else value
-        if isinstance(items, list) and all(isinstance(item, str) for item in items):
+        item_type = typing.get_args(wanted)[0]
+        items = value if isinstance(value, list) else [value]
+        if all(isinstance(item, item_type) and not isinstance(item, bool) for item in items):
             return tuple(items)
     elif wanted is float:
         number = _number(value)
@@ -235,7 +243,7 @@ def _value(hint: Any, value: object, key: str, source: str) -> Any:
         raise UsageError(f"{source}: {key} must be a whole number from 1, not {value!r}")
     elif isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
         return value
-    raise UsageError(f"{source}: {key} must be {_WANTED.get(wanted, 'a list of texts')}, not {value!r}")
+    raise UsageError(f"{source}: {key} must be {_WANTED[wanted]}, not {value!r}")
 
 
 def _number(value: object) -> float | None:
@@ -249,7 +257,14 @@ def _number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-_WANTED: dict[Any, str] = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+_WANTED: dict[Any, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple[str, ...]: "a list of texts",
+    tuple[int, ...]: "a list of whole numbers",
+}
 
 
 def _kind(value: object) -> str:

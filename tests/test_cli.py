@@ -56,6 +56,14 @@ def test_a_ratio_above_what_is_possible(capsys, tmp_path, model, text):
     [
         (["--criterion", "tailor"], "'tailor' (did you mean 'taylor'?)"),
         (["--allocation", "globl"], "'globl' (did you mean 'global'?)"),
+        (["--allocation", "uniform", "--temperature", "2"], "a setting of allocation layer_importance, not of uniform"),
+        (["--allocation", "layer_importance", "--temperature", "0"], "temperature=0.0 must be a number from 0.01"),
+        (["--attention-share", "1.5"], "attention_share=1.5 must be a number from 0 to 1"),
+        (["--keep-layers", "0,3"], "keep_layers names layer 3, the model has 3: give numbers from -3 to 2"),
+        (["--keep-layers", "0,last"], "'0,last' is not a list of layers such as 0,1,-1"),
+        (["--keep-layers", "0,1,2"], "layers 0, 1, 2 kept"),
+        (["--round-to", "64"], "round_to=64"),
+        (["--round-to", "0"], "'0' is not a whole number from 1"),
         (["--compensation", "least_square"], "did you mean 'least_squares'"),
         (["--samples", "100000"], "100000 are asked for"),
         (["--seq-len", "4096"], "128 positions"),
@@ -150,6 +158,40 @@ def test_rates_and_floors(capsys, tmp_path, model):
     assert main([*line, "--ratio", "0.3", "--min-kv-heads", "3", "--overwrite"]) == 0
     assert min(len(layer.kv_groups) for layer in gp.PruningPlan.load(tmp_path / "plan.json").layers) >= 3
     assert "2 rates for a model of 3 layers" in refused(capsys, *line, "--rates", "0.1,0.2", "--overwrite")
+
+
+def test_kept_layers_widths_and_the_attention_share(capsys, tmp_path, model):
+    line = ["plan", str(model), "--criterion", "magnitude", "--ratio", "0.1", "-o", str(tmp_path / "plan.json")]
+    assert main([*line, "--keep-layers=-1,0", "--round-to", "8"]) == 0
+    assert "allocation global (layers kept: 0, 2; FFN widths in multiples of 8)" in capsys.readouterr().out
+    plan = gp.PruningPlan.load(tmp_path / "plan.json")
+    dense, sizes = plan.source.layers, plan.target.layers
+    assert sizes[0] == dense[0] and sizes[2] == dense[2] and sizes[1] != dense[1]
+    assert sizes[1].ffn % 8 == 0
+    assert main([*line, "--attention-share", "0", "--overwrite"]) == 0
+    assert {layer.kv_heads for layer in gp.PruningPlan.load(tmp_path / "plan.json").target.layers} == {4}
+
+
+def test_layer_importance_measures_what_it_needs(capsys, tmp_path, model, text):
+    sizes = ["--calibration", str(text), "--samples", "8", "--seq-len", "32"]
+    common = [str(model), "--ratio", "0.2", "--allocation", "layer_importance", "--temperature", "0.5"]
+    statistics, out = str(tmp_path / "statistics"), tmp_path / "out"
+    assert main(["prune", *common, *sizes, "--save-statistics", statistics, "-o", str(out)]) == 0
+    assert "allocation layer_importance (temperature 0.5)" in capsys.readouterr().out
+    # saved windows, and criteria that need none themselves
+    given = {"again": ["--statistics", statistics], "random": [*sizes, "--criterion", "random"]}
+    for name, flags in given.items():
+        assert main(["plan", *common, *flags, "-o", str(tmp_path / f"{name}.json")]) == 0
+    again, drawn = (gp.PruningPlan.load(tmp_path / f"{name}.json") for name in given)
+    assert again == gp.PruningPlan.load(out / "prune_plan.json")
+    assert again.target == drawn.target and again.layers != drawn.layers
+    # statistics without windows of their own: the text is read
+    windowless = str(tmp_path / "windowless")
+    line = ["plan", str(model), "--ratio", "0.2", "--criterion", "magnitude", "-o", str(tmp_path / "uniform.json")]
+    assert main([*line, "--allocation", "uniform", "--save-statistics", windowless]) == 0
+    line = ["plan", *common, *sizes, "--statistics", windowless, "-o", str(tmp_path / "magnitude.json")]
+    assert main(line) == 0
+    assert gp.PruningPlan.load(tmp_path / "magnitude.json").target == again.target
 
 
 def test_prune_eval_card_and_dry_push(capsys, tmp_path, model, text):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from hf_gqaprune.importance import Curve
 from hf_gqaprune.plan import LayerPlan, LayerShape, ModelShape, layer_shapes
 from hf_gqaprune.statistics import BlockStatistics, Statistics
 
+LAYERED: dict[str, Any] = {"ratio": 0.2, "allocation": "layer_importance"}
 LLAMA_3_8B = LlamaConfig(
     vocab_size=128256,
     hidden_size=4096,
@@ -255,20 +258,36 @@ def drawn_statistics(source: ModelShape, seed: int) -> Statistics:
 @given(
     shapes(),
     st.floats(0.01, 0.99),
-    st.sampled_from(["global", "uniform"]),
+    st.sampled_from(["global", "uniform", "layer_importance"]),
     st.sampled_from(["ratio", "backbone_ratio"]),
     st.sampled_from([(1, 1), (0, 0), (1, 0), (0, 1), (2, 3)]),
+    st.sampled_from([None, 1, 2, 5, 8]),
+    st.sets(st.sampled_from([0, 1, 2, -1, -2])),
     st.integers(0, 99),
 )
 def test_budgets_are_met_to_one_channel(
-    source: ModelShape, ratio: float, allocation: str, name: str, floors: tuple[int, int], seed: int
+    source: ModelShape,
+    ratio: float,
+    allocation: str,
+    name: str,
+    floors: tuple[int, int],
+    round_to: int | None,
+    keep: set[int],
+    seed: int,
 ) -> None:
-    channel = 3 * source.hidden_size + (2 if source.mlp_bias else 0)
-    units = unit_parameters(source)
-    groups = [size for (_, kind), size in units.items() if kind == "attention"]
-    tradable = channel * sum(max(0, shape.ffn - floors[1]) for shape in source.layers)
+    """One channel, or as many as are traded together; what is to be kept is kept."""
+    layers = len(source.layers)
+    keep = {index % layers for index in keep if -layers <= index < layers}
+    granule = (round_to or 1) * (3 * source.hidden_size + (2 if source.mlp_bias else 0))
+    groups = [n for (index, kind), n in unit_parameters(source).items() if kind == "attention" and index not in keep]
+    open_layers = [shape for index, shape in enumerate(source.layers) if index not in keep]
+    tradable = granule * sum(max(0, shape.ffn - floors[1]) // (round_to or 1) for shape in open_layers)
     # with less FFN than that, whole KV groups are too coarse for an exact budget
-    assume(tradable >= (max(groups) if allocation == "global" else sum(groups)))
+    assume(tradable >= (max(groups, default=0) if allocation == "global" else sum(groups)))
+    more: dict[str, Any] = {}
+    if allocation == "layer_importance":
+        more["layer_scores"] = torch.rand(layers, generator=torch.Generator().manual_seed(seed)).tolist()
+        more["temperature"] = [0.01, 0.5, 1.0, 100.0][seed % 4]
     try:
         plan = make_plan(
             drawn_statistics(source, seed),
@@ -276,17 +295,129 @@ def test_budgets_are_met_to_one_channel(
             allocation=allocation,
             min_kv_heads=floors[0],
             min_ffn=floors[1],
+            keep_layers=sorted(keep),
+            round_to=round_to,
+            **more,
         )
     except UsageError as error:
-        assert f"{name}={ratio} removes more than the layers hold" in str(error)
+        named = f"layers {', '.join(map(str, sorted(keep)))} kept" if keep else ""
+        if f"{name}={ratio} removes more than the layers hold" in str(error):
+            assert named in str(error)
+        else:
+            assert round_to is not None and f"round_to={round_to}" in str(error)
         return
     whole = source.cost.parameters if name == "ratio" else source.cost.backbone_parameters
     removed = source.cost.parameters - plan.after.parameters
-    assert abs(removed - ratio * whole) <= channel
-    for shape, kept in zip(plan.source.layers, plan.target.layers, strict=True):
+    assert abs(removed - ratio * whole) <= granule
+    for index, (shape, kept) in enumerate(zip(plan.source.layers, plan.target.layers, strict=True)):
         assert kept.kv_heads >= min(floors[0], shape.kv_heads)
         assert kept.ffn >= min(floors[1], shape.ffn)
         assert kept.n_rep in (0, shape.n_rep)
+        assert kept == shape if index in keep else kept.ffn % (round_to or 1) == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(shapes(), st.floats(0.1, 0.4), st.floats(0, 0.6), st.sampled_from([(1, 1), (0, 0)]), st.integers(0, 99))
+def test_attention_gives_its_share_to_half_a_group(
+    source: ModelShape, ratio: float, share: float, floors: tuple[int, int], seed: int
+) -> None:
+    source = replace(source, layers=tuple(replace(shape, ffn=shape.ffn + 60) for shape in source.layers))
+    options: dict[str, Any] = {"backbone_ratio": ratio, "min_kv_heads": floors[0], "min_ffn": floors[1]}
+    channel = 3 * source.hidden_size + (2 if source.mlp_bias else 0)
+    group = max(n for (_, kind), n in unit_parameters(source).items() if kind == "attention") + 2 * source.hidden_size
+    # otherwise the FFN cannot make up for the rounding to whole groups
+    wanted = (1 - share) * ratio * source.cost.backbone_parameters
+    assume(group <= wanted <= channel * sum(max(0, shape.ffn - floors[1]) for shape in source.layers) - group)
+    try:
+        plan = make_plan(drawn_statistics(source, seed), attention_share=share, **options)
+    except UsageError as error:
+        assert f"attention_share={share} with backbone_ratio={ratio}" in str(error) or "removes more" in str(error)
+        return
+    target = ratio * source.cost.backbone_parameters
+    taken = sum(
+        source.attention_parameters(old) - source.attention_parameters(new)
+        for old, new in zip(source.layers, plan.target.layers, strict=True)
+    )
+    assert abs(target - (source.cost.parameters - plan.after.parameters)) <= channel
+    assert abs(taken - share * target) <= group / 2
+
+
+def test_the_shares_named_in_the_refusal_are_possible() -> None:
+    statistics = collect_statistics(tiny_llama(), criterion="magnitude", moments=False)
+    with pytest.raises(UsageError, match="enough for a share from 0.3\\d+ to 0.8\\d+: change --attention-share") as error:
+        make_plan(statistics, backbone_ratio=0.4, attention_share=1)
+    most = float(str(error.value).split(" to ")[1].split(":")[0])
+    plan = make_plan(statistics, backbone_ratio=0.4, attention_share=most)
+    assert [layer.kv_heads for layer in plan.target.layers] == [1, 1]
+    with pytest.raises(UsageError, match="attention_share=0 with backbone_ratio=0.6"):
+        make_plan(statistics, backbone_ratio=0.6, attention_share=0)
+
+
+EQUAL = ModelShape(32, 100, False, False, False, "float32", (LayerShape(16, 4, 3000, 8),) * 3)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_layers_lose_by_the_softmax_of_their_standardised_importance(temperature: float) -> None:
+    """Scores 3, 1, 2 stand at 1.2247, -1.2247 and 0; with attention kept, channels go by exp(-z / temperature)."""
+    plan = make_plan(
+        drawn_statistics(EQUAL, 0),
+        backbone_ratio=0.2,
+        allocation="layer_importance",
+        layer_scores=[3.0, 1.0, 2.0],
+        temperature=temperature,
+        min_kv_heads=4,
+    )
+    weights = [math.exp(-z * math.sqrt(1.5) / temperature) for z in (1, -1, 0)]
+    total = 0.2 * EQUAL.cost.backbone_parameters / (3 * 32)
+    for weight, kept in zip(weights, plan.target.layers, strict=True):
+        assert abs(3000 - kept.ffn - total * weight / sum(weights)) <= 1
+
+
+def test_scores_that_tell_nothing_are_uniform() -> None:
+    statistics = drawn_statistics(EQUAL, 0)
+    uniform = make_plan(statistics, backbone_ratio=0.3, allocation="uniform").target
+
+    def target(scores: list[float], temperature: float | None) -> ModelShape:
+        chosen: dict[str, Any] = {"allocation": "layer_importance", "layer_scores": scores, "temperature": temperature}
+        return make_plan(statistics, backbone_ratio=0.3, **chosen).target
+
+    assert target([0.1, 0.1, 0.1], None) == uniform
+    hot = target([0.3, 0.1, 0.2], 1e9)
+    # which layer takes the odd channel is all that may differ
+    assert sorted(hot.layers, key=str) == sorted(uniform.layers, key=str)
+    # the floor of the least important layer hands the rest on to the next
+    assert [layer.kv_heads for layer in target([0.3, 0.1, 0.2], 0.01).layers] == [4, 1, 4]
+
+
+def test_kept_layers_are_whole_and_the_others_bear_the_budget() -> None:
+    plan = make_plan(drawn_statistics(EQUAL, 0), backbone_ratio=0.2, allocation="uniform", keep_layers=[-1])
+    assert plan.target.layers[2] == EQUAL.layers[2]
+    assert plan.target.layers[0].kv_heads == 3
+    assert plan.backbone_ratio == pytest.approx(0.2, abs=1e-4)
+    assert str(plan).endswith("allocation uniform (layers kept: 2)")
+
+
+def test_widths_in_multiples_are_printed_as_such() -> None:
+    plan = make_plan(drawn_statistics(EQUAL, 0), backbone_ratio=0.2, round_to=32, keep_layers=[0])
+    # 3000 is no multiple of 32, but a kept layer is not touched
+    assert [layer.ffn % 32 for layer in plan.target.layers] == [3000 % 32, 0, 0]
+    told = "allocation global (layers kept: 0; FFN widths in multiples of 32)"
+    assert f"chosen by         criterion random, {told}" in str(plan)
+    assert f"{plan.backbone_ratio:.4%} of the backbone" in str(plan)
+
+
+def test_lots_are_the_cheapest_channels_of_the_curve() -> None:
+    """11 channels in lots of 4: 3 go in any case, then 4 at a time in the curve's order."""
+    source = ModelShape(8, 10, False, False, False, "float32", (LayerShape(2, 2, 11, 8),))
+    order = torch.tensor([7, 2, 9, 0, 1, 3, 4, 5, 6, 8, 10])
+    ffn = BlockStatistics(0, "mlp", Curve(order, torch.arange(1.0, 12.0, dtype=torch.float64)))
+    attention = BlockStatistics(0, "attention", Curve(torch.arange(2), torch.tensor([1e6, 2e6], dtype=torch.float64)))
+    statistics = Statistics(source, "wanda", {(0, "attention"): attention, (0, "mlp"): ffn})
+    for removed, kept in ((3, 8), (5.5, 4), (8, 4)):
+        plan = make_plan(statistics, ratio=removed * 24 / source.cost.parameters, round_to=4)
+        assert plan.layers[0].ffn_channels == tuple(sorted(order[-kept:].tolist()))
+    with pytest.raises(UsageError, match="ratio=0.01 removes less than round_to=4 takes .*at least 0.0\\d+.*raise --ratio"):
+        make_plan(statistics, ratio=0.01, round_to=4)
 
 
 @pytest.mark.parametrize("backbone_ratio", [0.05, 0.2, 0.35, 0.6, 0.8])
@@ -379,6 +510,26 @@ def test_a_path_is_enough_for_criteria_without_calibration(tmp_path: Path) -> No
         ({"ratio": 0.2, "criterion": "magnitud"}, "unknown criterion 'magnitud' \\(did you mean 'magnitude'\\?\\)"),
         ({"ratio": 0.2, "criterion": "taylor"}, "criterion taylor needs statistics"),
         ({"ratio": 0.2, "min_ffn": -1}, "min_ffn=-1 must not be negative"),
+        ({"ratio": 0.2, "temperature": 1.0}, "temperature is a setting of allocation layer_importance, not of global"),
+        ({"ratio": 0.2, "attention_share": 0.5, "allocation": "uniform"}, "attention_share is a setting of allocation global"),
+        ({"ratio": 0.2, "attention_share": -0.1}, "attention_share=-0.1 must be a number from 0 to 1"),
+        ({"ratio": 0.2, "attention_share": float("nan")}, "attention_share=nan must be"),
+        ({"ratio": 0.2, "round_to": 0}, "round_to=0 must be a whole number from 1"),
+        ({"ratio": 0.2, "round_to": 2.5}, "round_to=2.5 must be"),
+        ({"ratio": 0.2, "round_to": 64}, "layer 0: FFN width 12 leaves no multiple of round_to=64 with min_ffn=1: lower"),
+        ({"ratio": 0.2, "round_to": 8, "min_ffn": 10}, "FFN width 12 leaves no multiple of round_to=8 with min_ffn=10"),
+        ({"ratio": 0.2, "keep_layers": [2]}, "keep_layers names layer 2, the model has 2: give numbers from -2 to 1"),
+        ({"ratio": 0.2, "keep_layers": [-3]}, "keep_layers names layer -3"),
+        ({"ratio": 0.2, "keep_layers": [0.5]}, "keep_layers names layer 0.5"),
+        ({"ratio": 0.2, "keep_layers": [0, -1]}, "layers 0, 1 kept \\(at most 0.0\\): lower .* or keep fewer layers"),
+        ({"rates": [0.1, 0.1], "keep_layers": [0]}, "rate 0 keeps a layer"),
+        ({"rates": [0.1, 0.1], "round_to": 2}, "keep_layers and round_to do not go with per-layer rates"),
+        ({"ratio": 0.2, "allocation": "layer_importance"}, "layer_importance and layer_scores .* belong together"),
+        ({"ratio": 0.2, "layer_scores": [1, 2]}, "layer_importance and layer_scores .* belong together"),
+        (LAYERED | {"layer_scores": [1]}, "1 layer scores for a model of 2 layers"),
+        (LAYERED | {"layer_scores": [1, float("nan")]}, "layer 1: score nan must be a finite number"),
+        (LAYERED | {"layer_scores": [1, 2], "temperature": 0}, "temperature=0 must be a number from 0.01"),
+        (LAYERED | {"layer_scores": [1, 2], "temperature": float("inf")}, "temperature=inf must be"),
         ({"ratio": 0.99}, "ratio=0.99 removes more than the layers hold .*at most 0\\.\\d+"),
     ],
 )

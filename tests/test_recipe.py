@@ -29,6 +29,10 @@ def test_overrides_are_typed_and_the_two_ratios_exclude_each_other(recipe_file):
     recipe = Recipe.load(recipe_file, ["prune.backbone_ratio=0.3", "seed=7", "recover=null", "evaluate.data=[a, b]"])
     assert (recipe.prune.ratio, recipe.prune.backbone_ratio, recipe.seed, recipe.recover) == (None, 0.3, 7, None)
     assert recipe.evaluate.data == ("a", "b")
+    changes = ["prune.keep_layers=[0, -1]", "prune.round_to=32", "prune.attention_share=0", "prune.temperature=2"]
+    prune = Recipe.load(recipe_file, changes).prune
+    assert (prune.keep_layers, prune.round_to, prune.attention_share, prune.temperature) == ((0, -1), 32, 0.0, 2.0)
+    assert Recipe.load(recipe_file, ["prune.keep_layers=2"]).prune.keep_layers == (2,)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +44,10 @@ def test_overrides_are_typed_and_the_two_ratios_exclude_each_other(recipe_file):
         ("prune.ratio=high", "a number"),
         ("calibration=3", "must be a mapping"),
         ("prune.ratio", "KEY=VALUE"),
+        ("prune.keep_layers=[0, last]", "prune.keep_layers must be a list of whole numbers"),
+        ("prune.keep_layers=[true]", "a list of whole numbers"),
+        ("evaluate.data=[1]", "a list of texts"),
+        ("prune.round_to=0", "a whole number from 1"),
         ("prune.ratio=null", "exactly one"),
     ],
 )

@@ -38,6 +38,14 @@ def rates(text: str) -> tuple[float, ...]:
     return values
 
 
+def layers(text: str) -> tuple[int, ...]:
+    """Whole numbers, separated by commas; negative ones count from the end."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 0,1,-1") from None
+
+
 def whole(text: str) -> int:
     """A whole number from 0."""
     if not text.isdecimal():
@@ -177,13 +185,29 @@ def _budget(group: argparse._ArgumentGroup, *, saved_plan: bool = False) -> None
 def _choices(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--criterion", metavar="C", help="how units are ranked (default: curvature)")
     group.add_argument(
-        "--allocation", metavar="A", help="how the budget is split over layers: global (default), uniform, per_layer"
-    )
+        "--allocation", metavar="A",
+        help="how the budget is split over layers: global (default), uniform, layer_importance, per_layer",
+    )  # fmt: skip
+    group.add_argument(
+        "--temperature", type=float, metavar="T",
+        help="layer_importance: from 0.01, the least important layers bear it all, over 1 (default) to all alike",
+    )  # fmt: skip
+    group.add_argument(
+        "--attention-share", type=float, metavar="S",
+        help="global: fraction of what goes that attention blocks give (default: by cost)",
+    )  # fmt: skip
     floors = {"--min-kv-heads": "KV groups", "--min-ffn": "FFN channels"}
     for flag, unit in floors.items():
         group.add_argument(
             flag, type=whole, default=1, metavar="N", help=f"{unit} that every block keeps; 0 lets blocks go (default: 1)"
         )
+    group.add_argument(
+        "--keep-layers", type=layers, default=(), metavar="I,I,...",
+        help="layers that stay untouched, counted from 0, or from the end: --keep-layers=-1,0",
+    )  # fmt: skip
+    group.add_argument(
+        "--round-to", type=count, metavar="N", help="make FFN widths multiples of N; the ratio is then met to half of that"
+    )
 
 
 def _calibration(group: argparse._ArgumentGroup) -> None:
