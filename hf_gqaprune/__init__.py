@@ -32,6 +32,7 @@ _LAZY = {
     "make_plan": "planner",
     "merge": "trainer.merge",
     "prune": "surgery",
+    "prune_checkpoint": "streaming",
     "push": "hub",
     "recover": "trainer.recover",
 }

@@ -1,0 +1,399 @@
+"""A checkpoint folder goes in, its tensors come out one at a time; tensors go in, shards under the usual names come out.
+
+Files are read and written by offset, never mapped, so that only what is asked for is in memory. Every tensor that
+passes is hashed on the way: a fingerprint of the weights needs no second pass.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from .errors import UsageError, WorkError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LONGEST_HEADER = 100_000_000  # what safetensors itself accepts
+_CHUNK = 1 << 26  # bytes of a piece of a tensor
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies.
+
+    Attributes:
+        file: the safetensors file.
+        start: offset of its first byte in `file`; `nbytes` follow.
+    """
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Checkpoint:
+    """The tensors of a checkpoint folder, read when asked for; a context manager that opens every shard once.
+
+    Attributes:
+        tensors: `{name: StoredTensor}` of all shards.
+        files: the shards.
+        digests: `{name: hex}` of the tensors that were read to their end; see `fingerprint`.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Check names, headers and sizes of all shards in `folder`; no weight is read.
+
+        Raises:
+            UsageError: no safetensors weights, an index or a header that is not one, a shard that is missing or of
+                another size than its header says, a tensor that is not where the index says, or in two shards.
+        """
+        root = Path(folder)
+        listed = _listed(root)
+        self.files = tuple(root / name for name in sorted(set(listed.values()))) if listed else (root / WEIGHTS,)
+        self.tensors: dict[str, StoredTensor] = {}
+        for file in self.files:
+            for tensor in read_header(file):
+                if tensor.name in self.tensors:
+                    raise UsageError(f"{tensor.name} is in two shards, {self.tensors[tensor.name].file} and {file.name}")
+                self.tensors[tensor.name] = tensor
+        for name, file_name in listed.items():
+            if name not in self.tensors or self.tensors[name].file.name != file_name:
+                raise UsageError(f"{root / INDEX} says that {name} is in {file_name}, which does not hold it")
+        for name, tensor in self.tensors.items():
+            if listed and name not in listed:
+                raise UsageError(f"{root / INDEX} does not list {name}, which is in {tensor.file.name}")
+        self.digests: dict[str, str] = {}
+        self._open: dict[Path, int] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Checkpoint:
+        for file in self.files:
+            self._open[file] = os.open(file, os.O_RDONLY)
+            self._stack.callback(os.close, self._open[file])
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`, on the CPU; [`WorkError`] where its file cannot be read."""
+        stored = self.tensors[name]
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        _read(self._open[stored.file], stored, _bytes(tensor), stored.start)
+        self.digests[name] = digest(stored.dtype, stored.shape, [tensor])
+        return tensor
+
+    def chunks(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor `name`, flat, in pieces of at most 64 MiB; [`WorkError`] as `read`."""
+        stored = self.tensors[name]
+        hashed = _Digest(stored.dtype, stored.shape)
+        for piece in _pieces(self._open[stored.file], stored):
+            hashed.update(piece)
+            yield piece
+        self.digests[name] = hashed.hex()
+
+    def announce(self, names: Iterable[str]) -> None:
+        """Let the system fetch the tensors `names` while others are worked on."""
+        if hasattr(os, "posix_fadvise"):
+            for stored in sorted((self.tensors[name] for name in names), key=lambda t: (t.file, t.start)):
+                os.posix_fadvise(self._open[stored.file], stored.start, stored.nbytes, os.POSIX_FADV_WILLNEED)
+
+
+class ShardWriter:
+    """Shards of a checkpoint whose every tensor is known beforehand; a context manager that opens every shard once.
+
+    The files equal, byte for byte, those that `save_pretrained` writes of the same tensors.
+
+    Attributes:
+        tensors: `{name: StoredTensor}` of what is to be written, in the order of the files.
+        files: `{file name: size in bytes}`.
+        digests: `{name: hex}` of the tensors that were written.
+    """
+
+    def __init__(
+        self, folder: Path, tensors: Mapping[str, torch.Tensor], max_shard_size: int | str, parameters: int
+    ) -> None:
+        """Lay the shards out; nothing is written.
+
+        Args:
+            folder: where they will lie.
+            tensors: names, shapes and dtypes, on the meta device, in the order of the model.
+            max_shard_size: bytes, or a text such as "5GB".
+            parameters: of the model, for the index.
+
+        Raises:
+            UsageError: `max_shard_size` is not a size.
+        """
+        from huggingface_hub import split_torch_state_dict_into_shards
+
+        try:
+            if isinstance(max_shard_size, int) and max_shard_size < 1:
+                raise ValueError("it must be at least one byte")
+            split = split_torch_state_dict_into_shards(
+                dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+            )
+        except ValueError as error:
+            raise UsageError(f"max_shard_size={max_shard_size!r} is not a size such as '5GB': {error}") from error
+        self.folder = folder
+        self.tensors: dict[str, StoredTensor] = {}
+        self.files: dict[str, int] = {}
+        self.digests: dict[str, str] = {}
+        self._headers: dict[str, bytes] = {}
+        for file_name, names in split.filename_to_tensors.items():
+            header, stored = lay_out(folder / file_name, {name: tensors[name] for name in names})
+            self._headers[file_name] = header
+            self.files[file_name] = len(header) + sum(tensor.nbytes for tensor in stored)
+            self.tensors |= {tensor.name: tensor for tensor in stored}
+        self.index: dict[str, Any] | None = None
+        if split.is_sharded:
+            metadata = {"total_parameters": parameters, **split.metadata}
+            self.index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
+        self._open: dict[Path, int] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> ShardWriter:
+        for file_name, size in self.files.items():
+            path = self.folder / file_name
+            try:
+                self._open[path] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                self._stack.callback(os.close, self._open[path])
+                _write(self._open[path], path, memoryview(self._headers[file_name]), 0)
+                # what an interrupted attempt wrote beyond the end, where another was begun
+                os.truncate(self._open[path], min(size, os.fstat(self._open[path]).st_size))
+            except OSError as error:
+                self._stack.close()
+                raise WorkError(f"cannot write {path}: {error.strerror}") from error
+            except WorkError:
+                self._stack.close()
+                raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
+
+    def write(self, name: str, pieces: Iterable[torch.Tensor]) -> None:
+        """Write the tensor `name`, given whole or flat in pieces; [`WorkError`] where its file cannot be written."""
+        stored = self.tensors[name]
+        hashed = _Digest(stored.dtype, stored.shape)
+        position = stored.start
+        for piece in pieces:
+            data = _bytes(piece.contiguous())
+            hashed.update(piece)
+            _write(self._open[stored.file], stored.file, data, position)
+            position += len(data)
+        if position != stored.start + stored.nbytes:
+            raise WorkError(f"{name} has {position - stored.start} bytes, {stored.nbytes} were laid out for it")
+        if hasattr(os, "posix_fadvise"):
+            # starts writing back now, while the next tensor is read, and keeps the cache for what will be read
+            os.posix_fadvise(self._open[stored.file], stored.start, stored.nbytes, os.POSIX_FADV_DONTNEED)
+        self.digests[name] = hashed.hex()
+
+    def holds(self, name: str, expected: str) -> bool:
+        """Whether the tensor `name` is already there with the digest `expected`; then it counts as written."""
+        stored = self.tensors[name]
+        file = self._open[stored.file]
+        if os.fstat(file).st_size < stored.start + stored.nbytes:
+            return False
+        if digest(stored.dtype, stored.shape, _pieces(file, stored)) != expected:
+            return False
+        self.digests[name] = expected
+        return True
+
+    def sync(self) -> None:
+        """Wait until everything is on the disk; [`WorkError`] where it does not get there."""
+        for path, file in self._open.items():
+            try:
+                os.fsync(file)
+            except OSError as error:
+                raise WorkError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_header(file: Path) -> list[StoredTensor]:
+    """The tensors of a safetensors file, in the order in which they lie there.
+
+    Raises:
+        UsageError: not a safetensors file, or one whose header and size contradict each other.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+                raise UsageError(f"{file} is no whole safetensors file: it has {size} bytes, its header {length}")
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror}") from error
+    except UsageError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{file} is no safetensors file: its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise UsageError(f"{file} is no safetensors file: its header is a {type(header).__name__}")
+    header.pop("__metadata__", None)
+    tensors = sorted((_stored(file, 8 + length, name, entry) for name, entry in header.items()), key=_place)
+    end = 8 + length
+    for tensor in tensors:
+        if tensor.start != end:
+            raise UsageError(f"the header of {file} lies: {tensor.name} begins at byte {tensor.start}, not {end}")
+        end += tensor.nbytes
+        if end > size:
+            raise UsageError(f"{file} is cut off, or its header lies: {tensor.name} ends at byte {end} of {size}")
+    if end != size:
+        raise UsageError(f"the header of {file} lies: its tensors end at byte {end} of {size}")
+    return tensors
+
+
+def lay_out(file: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, list[StoredTensor]]:
+    """First bytes of a safetensors `file` that will hold `tensors` (any device), all of one dtype, and their places.
+
+    The order is that of safetensors: by name.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in sorted(tensors.items()):
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    stored = [
+        StoredTensor(name, file, tensor.dtype, tuple(tensor.shape), len(head) + header[name]["data_offsets"][0])
+        for name, tensor in sorted(tensors.items())
+    ]
+    return head, stored
+
+
+def digest(dtype: torch.dtype, shape: tuple[int, ...], pieces: Iterable[torch.Tensor]) -> str:
+    """Hex XXH3 (128 bits) of a tensor that comes in `pieces`: dtype, shape and bytes, as in `identity.fingerprint`."""
+    hashed = _Digest(dtype, shape)
+    for piece in pieces:
+        hashed.update(piece)
+    return hashed.hex()
+
+
+def fingerprint(digests: Mapping[str, str]) -> str:
+    """What `identity.fingerprint` says of a folder that holds tensors of these `digests` and no others."""
+    import xxhash
+
+    return xxhash.xxh3_128(json.dumps(sorted(digests.items())).encode()).hexdigest()
+
+
+class _Digest:
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        import xxhash
+
+        self._hash = xxhash.xxh3_128(f"{dtype} {shape}".encode())
+
+    def update(self, piece: torch.Tensor) -> None:
+        self._hash.update(_bytes(piece.contiguous()))
+
+    def hex(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _listed(root: Path) -> dict[str, str]:
+    """`{tensor: file name}` of the index in `root`; empty where one file holds everything."""
+    if (root / WEIGHTS).exists():
+        return {}
+    path = root / INDEX
+    if not path.exists():
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in root.glob(pattern))
+        if pickles:
+            raise UsageError(
+                f"{root} holds pickles ({pickles[0]}), which are not read: convert them with python -c "
+                f'"from transformers import AutoModelForCausalLM as M; '
+                f"M.from_pretrained('{root}', dtype='auto').save_pretrained('{root}-safetensors')\""
+            )
+        raise UsageError(f"{root} holds neither {WEIGHTS} nor {INDEX}: give the folder of a whole checkpoint")
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is no index with a weight_map: {error!r}") from error
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise UsageError(f"{path} is no index: its weight_map must map tensors to files")
+    for name in sorted(set(listed.values())):
+        if Path(name).name != name or not (root / name).is_file():
+            raise UsageError(f"{path} names {name}, which is not there: fetch the whole checkpoint")
+    return listed
+
+
+def _stored(file: Path, begin: int, name: str, entry: Any) -> StoredTensor:
+    """One entry of a header, checked by itself."""
+    try:
+        dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, first, last]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"the header of {file} says nothing usable about {name}: {entry!r:.200}") from error
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise UsageError(f"{file}: {name} is of dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise UsageError(f"the header of {file} lies: {name} has shape {shape} and offsets {[first, last]}")
+    tensor = StoredTensor(name, file, DTYPES[dtype], tuple(shape), begin + first)
+    if last - first != tensor.nbytes:
+        raise UsageError(
+            f"the header of {file} lies: {name} has {last - first} bytes, {dtype} of shape {shape} needs {tensor.nbytes}"
+        )
+    return tensor
+
+
+def _place(tensor: StoredTensor) -> tuple[int, int]:
+    # a tensor without elements begins where its successor does
+    return tensor.start, tensor.nbytes
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+
+
+def _pieces(file: int, stored: StoredTensor) -> Iterator[torch.Tensor]:
+    elements = math.prod(stored.shape)
+    step = _CHUNK // stored.dtype.itemsize
+    for first in range(0, elements, step):
+        piece = torch.empty(min(step, elements - first), dtype=stored.dtype)
+        _read(file, stored, _bytes(piece), stored.start + first * stored.dtype.itemsize)
+        yield piece
+
+
+def _read(file: int, stored: StoredTensor, target: memoryview, position: int) -> None:
+    while len(target):
+        try:
+            # one call moves at most 2 GiB
+            count = os.preadv(file, [target], position)
+        except OSError as error:
+            raise WorkError(f"cannot read {stored.name} from {stored.file}: {error.strerror}") from error
+        if not count:
+            raise WorkError(f"{stored.file} became shorter while it was read: {stored.name} is incomplete")
+        target, position = target[count:], position + count
+
+
+def _write(file: int, path: Path, data: memoryview, position: int) -> None:
+    while len(data):
+        try:
+            count = os.pwrite(file, data, position)
+        except OSError as error:
+            raise WorkError(f"cannot write {path}: {error.strerror}") from error
+        data, position = data[count:], position + count
