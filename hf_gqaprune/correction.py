@@ -1,10 +1,11 @@
-"""A dense and a pruned model and calibration windows go in; the pruned model, one natural-gradient step closer, comes out.
+"""A dense and a pruned model and calibration windows go in; the pruned model, a few natural-gradient steps closer, comes out.
 
-Layer-wise re-fitting matches activations. This step looks at what they are for: the dense model's predictions.
+Layer-wise re-fitting matches activations. These steps look at what those are for: the dense model's predictions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,52 +17,85 @@ from .errors import WorkError
 from .statistics import RIDGE, frozen
 from .torch_pruning import OUTPUT_PROJECTION
 
+#: at most so many steps; each one costs about as much as the calibration pass
+_STEPS = 5
 #: first step length that is tried, doubled as long as the held-out divergence falls
 _FIRST_STEP = 0.005
-_DOUBLINGS = 8
+_TRIES = 8
 
 
-def natural_gradient_step(model: Any, pruned: Any, calibration: Calibration) -> float:
-    """Move every `o_proj` and `down_proj` of `pruned`, in place, one step down KL(dense || pruned).
+def natural_gradient_steps(model: Any, pruned: Any, calibration: Calibration) -> list[float]:
+    """Move every `o_proj` and `down_proj` of `pruned`, in place, a few steps down KL(dense || pruned).
 
-    The step is W <- W - s (G + rI)^-1 D (H + rI)^-1 with D the mean gradient of the divergence, H the second moment of
+    A step is W <- W - s (G + rI)^-1 D (H + rI)^-1 with D the mean gradient of the divergence, H the second moment of
     the projection's inputs, G that of the gradient at its outputs when the next token is drawn from the dense model
     (the Kronecker-factored Fisher of Martens & Grosse 2015, arXiv:1503.05671, eq. 1 and 27), and r the ridge of the
-    optimal-brain-surgeon solve. s is found by doubling, on held-out windows: nothing changes where no step helps.
+    optimal-brain-surgeon solve. H and G are measured once, D anew at every step. s is found by doubling (halving where
+    the previous step's is too long), on held-out windows: a step that does not help them is not taken.
 
     Args:
         model: the dense causal LM; unchanged.
         pruned: the pruned causal LM; its weights change, dtype and device stay.
-        calibration: directions come from `fitted`, the step length from `held_out`. Without held-out windows (fewer
-            than 8 in all) there is nothing to measure a step by, and nothing is done.
+        calibration: directions come from `fitted`, step lengths from `held_out`. Without held-out windows (fewer than 8
+            in all) there is nothing to measure a step by, and nothing is done.
 
     Returns:
-        The step length taken, 0.0 for none.
+        The lengths of the steps taken.
 
     Raises:
         WorkError: a divergence that is not finite.
     """
     if not len(calibration.held_out):
-        return 0.0
-    best, length = _divergence(model, pruned, calibration.held_out), 0.0
+        return []
+    best = _divergence(model, pruned, calibration.held_out)
     if not best:
-        return 0.0
-    taps = _measure(model, pruned, calibration)
-    steps = [(tap.linear.weight, tap.linear.weight.detach().clone(), tap.direction()) for tap in taps]
+        return []  # they predict the same
+    taps = output_taps(pruned)
+    lengths: list[float] = []
+    for _ in range(_STEPS if taps else 0):
+        _measure(model, pruned, calibration, taps)
+        step = _Step(taps)
 
-    def take(length: float) -> None:
-        for weight, start, direction in steps:
-            weight.data.copy_(start.double().cpu() - length * direction if length else start)
+        def divergence(length: float, step: _Step = step) -> float:
+            step.take(length)
+            return _divergence(model, pruned, calibration.held_out)
 
-    for doubling in range(_DOUBLINGS):
-        tried = _FIRST_STEP * 2**doubling
-        take(tried)
-        found = _divergence(model, pruned, calibration.held_out)
-        if not found < best:
+        best, length = _line_search(divergence, best, lengths[-1] if lengths else _FIRST_STEP)
+        step.take(length)
+        if not length:
             break
-        best, length = found, tried
-    take(length)
-    return length
+        lengths.append(length)
+    return lengths
+
+
+def _line_search(divergence: Callable[[float], float], best: float, first: float) -> tuple[float, float]:
+    """The least divergence found and its step length: doubled from `first`, or halved where `first` is too long."""
+    length, tried, factor = 0.0, first, 2.0
+    for trial in range(_TRIES):
+        found = divergence(tried)
+        if found < best:
+            best, length = found, tried
+        elif trial == 0:
+            factor = 0.5
+        else:
+            break
+        if length and factor < 1:
+            break
+        tried *= factor
+        if tried < _FIRST_STEP:
+            break
+    return best, length
+
+
+class _Step:
+    """Where the weights are, and where the step leads."""
+
+    def __init__(self, taps: list[_Tap]) -> None:
+        self.moves = [(tap.linear.weight, tap.linear.weight.detach().clone(), tap.direction()) for tap in taps]
+
+    def take(self, length: float) -> None:
+        for weight, start, direction in self.moves:
+            weight.data.copy_(start.double().cpu() - length * direction if length else start)
 
 
 class _Tap:
@@ -75,19 +109,34 @@ class _Tap:
         self.slope = torch.zeros(linear.out_features, linear.in_features, device=device)
         self.tokens = 0
         self.drawn = False
+        self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
         self._x = torch.empty(0)
+
+    @property
+    def curved(self) -> bool:
+        """Whether the second moments are known, from the first pass."""
+        return self._factors is not None
+
+    def begin(self) -> None:
+        """Forget the gradient of the pass before."""
+        self.slope.zero_()
+        self.tokens = 0
 
     def attach(self, stack: ExitStack) -> None:
         stack.callback(self.linear.register_forward_hook(self._forward).remove)
 
     def direction(self) -> torch.Tensor:
         """(G + rI)^-1 D (H + rI)^-1, float64 `(out_features, in_features)` on the CPU."""
-        left = torch.cholesky_solve(self.slope.double().cpu() / self.tokens, _factor(self.outputs, self.tokens))
-        return torch.cholesky_solve(left.T, _factor(self.inputs, self.tokens)).T
+        if self._factors is None:
+            self._factors = (_factor(self.outputs, self.tokens), _factor(self.inputs, self.tokens))
+        outputs, inputs = self._factors
+        left = torch.cholesky_solve(self.slope.double().cpu() / self.tokens, outputs)
+        return torch.cholesky_solve(left.T, inputs).T
 
     def _forward(self, _module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         self._x = args[0].detach().flatten(0, -2).float()  # (tokens, n)
-        self.inputs.addmm_(self._x.T, self._x)
+        if not self.curved:
+            self.inputs.addmm_(self._x.T, self._x)
         self.tokens += len(self._x)
         output.register_hook(self._backward)
 
@@ -99,23 +148,28 @@ class _Tap:
             self.slope.addmm_(g.T, self._x)
 
 
-def _measure(model: Any, pruned: Any, calibration: Calibration) -> list[_Tap]:
-    """One pass of both models over the fitted windows, with two backward passes of the pruned one."""
-    from tqdm.auto import tqdm
-
+def output_taps(pruned: Any) -> list[_Tap]:
+    """One for every output projection, in the order of the layers."""
     blocks = {"attention": "self_attn", "mlp": "mlp"}
-    taps = [
+    return [
         _Tap(getattr(layer, blocks[kind]).get_submodule(name.rpartition(".")[2]))
         for layer in pruned.get_decoder().layers
         for kind, name in OUTPUT_PROJECTION.items()
         if getattr(layer, blocks[kind]) is not None
     ]
+
+
+def _measure(model: Any, pruned: Any, calibration: Calibration, taps: list[_Tap]) -> None:
+    """One pass of both models over the fitted windows; the pruned one goes back once, the first time twice."""
+    from tqdm.auto import tqdm
+
     generator = torch.Generator().manual_seed(calibration.seed)
     device = pruned.get_input_embeddings().weight.device
     batches = list(split_batches(calibration.fitted))
     with ExitStack() as stack:
         stack.enter_context(frozen(pruned))
         for tap in taps:
+            tap.begin()
             tap.attach(stack)
         for ids in tqdm(batches, desc="correcting", unit="batch", disable=None, leave=False):
             ids = ids.to(device)
@@ -125,12 +179,13 @@ def _measure(model: Any, pruned: Any, calibration: Calibration) -> list[_Tap]:
             for tap in taps:
                 tap.drawn = False
             # the entropy of the dense model has no gradient
-            torch.autograd.backward(-(wanted * given).sum(), retain_graph=True)
+            torch.autograd.backward(-(wanted * given).sum(), retain_graph=not taps[0].curved)
+            if taps[0].curved:
+                continue
             drawn = torch.multinomial(wanted.flatten(0, 1).cpu(), 1, generator=generator).to(device)
             for tap in taps:
                 tap.drawn = True
             torch.autograd.backward(-given.flatten(0, 1).gather(1, drawn).sum())
-    return taps
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .correction import natural_gradient_step
+from .correction import natural_gradient_steps
 from .errors import UsageError, unknown
 from .plan import LayerPlan, LayerShape, PruningPlan
 from .reconstruction import refit_on_pruned_prefix
@@ -40,7 +40,7 @@ def prune(
         statistics: second moments; needed by `least_squares`.
         compensation: `least_squares` re-fits `o_proj` and `down_proj` of every changed block on the dense moments, then
             every linear from there on, layer by layer, on the inputs that the pruned prefix gives it (see
-            `reconstruction`), and then takes one second-order step towards the dense model's predictions (see
+            `reconstruction`), and then takes a few second-order steps towards the dense model's predictions (see
             `correction`); `none` only slices.
         inplace: take what stays whole from `model` instead of copying it, and free the rest; `model` is unusable
             afterwards. Otherwise `model` stays untouched and shares no memory with the result.
@@ -68,7 +68,7 @@ def prune(
     pruned.prune_plan = whole.to_dict()
     if compensation == "least_squares" and statistics is not None and statistics.calibration is not None:
         refit_on_pruned_prefix(model, pruned, statistics.calibration)
-        natural_gradient_step(model, pruned, statistics.calibration)
+        natural_gradient_steps(model, pruned, statistics.calibration)
     if inplace:
         model.to("meta")
     return pruned

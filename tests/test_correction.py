@@ -1,4 +1,4 @@
-"""The natural-gradient step: its direction, the step length by held-out divergence, and what it leaves alone."""
+"""The natural-gradient steps: direction, length by held-out divergence, and what they leave alone."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from tiny import tiny_llama
 from torch.nn import functional as F
 
 import hf_gqaprune as gp
-from hf_gqaprune.correction import _measure, natural_gradient_step
+from hf_gqaprune.correction import _line_search, _measure, natural_gradient_steps, output_taps
 from hf_gqaprune.plan import LayerPlan, PruningPlan
 
 
@@ -36,7 +36,8 @@ def _weights(model):
 
 def test_the_slope_is_the_gradient_of_the_divergence(models):
     model, pruned, calibration = models
-    taps = _measure(model, pruned, calibration)
+    taps = output_taps(pruned)
+    _measure(model, pruned, calibration, taps)
     ids = calibration.fitted
     with torch.no_grad():
         wanted = model(ids).logits.log_softmax(-1)
@@ -51,7 +52,9 @@ def test_the_slope_is_the_gradient_of_the_divergence(models):
 
 def test_the_direction_solves_both_sides(models):
     model, pruned, calibration = models
-    for tap in _measure(model, pruned, calibration):
+    taps = output_taps(pruned)
+    _measure(model, pruned, calibration, taps)
+    for tap in taps:
         def ridged(total, tokens=tap.tokens):
             mean = total.double() / tokens
             return mean + 0.01 * mean.diagonal().mean() * torch.eye(len(mean), dtype=torch.float64)
@@ -64,7 +67,7 @@ def test_held_out_divergence_falls_and_only_output_projections_move(models):
     model, pruned, calibration = models
     before, dense = _weights(pruned), _weights(model)
     start = _divergence(model, pruned, calibration.held_out)
-    assert natural_gradient_step(model, pruned, calibration) > 0
+    assert natural_gradient_steps(model, pruned, calibration)
     assert _divergence(model, pruned, calibration.held_out) < start
     for name, weight in pruned.named_parameters():
         moved = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -77,14 +80,14 @@ def test_held_out_divergence_falls_and_only_output_projections_move(models):
 def test_the_same_step_twice_is_the_same_bits(models):
     model, pruned, calibration = models
     again = gp.prune(model, _half_of_the_ffn(model), compensation="none")
-    assert natural_gradient_step(model, pruned, calibration) == natural_gradient_step(model, again, calibration)
+    assert natural_gradient_steps(model, pruned, calibration) == natural_gradient_steps(model, again, calibration)
     assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), again.parameters(), strict=True))
 
 
 def test_without_held_out_windows_nothing_changes(models):
     model, pruned, calibration = models
     before = _weights(pruned)
-    assert natural_gradient_step(model, pruned, gp.Calibration(calibration.ids[:7])) == 0.0
+    assert natural_gradient_steps(model, pruned, gp.Calibration(calibration.ids[:7])) == []
     assert all(torch.equal(weight, before[name]) for name, weight in pruned.named_parameters())
 
 
@@ -92,7 +95,7 @@ def test_a_model_that_predicts_the_same_keeps_its_bits(models):
     model, _, calibration = models
     same = gp.prune(model, PruningPlan.keep_all(model.config), compensation="none")
     before = _weights(same)
-    assert natural_gradient_step(model, same, calibration) == 0.0
+    assert natural_gradient_steps(model, same, calibration) == []
     assert all(torch.equal(weight, before[name]) for name, weight in same.named_parameters())
 
 
@@ -102,6 +105,25 @@ def test_half_precision_keeps_its_dtype(models):
     pruned = gp.prune(model, _half_of_the_ffn(model), compensation="none")
     start = _divergence(model.float(), pruned.float(), calibration.held_out)
     model, pruned = model.to(torch.bfloat16), pruned.to(torch.bfloat16)
-    natural_gradient_step(model, pruned, calibration)
+    natural_gradient_steps(model, pruned, calibration)
     assert {weight.dtype for weight in pruned.parameters()} == {torch.bfloat16}
     assert _divergence(model.float(), pruned.float(), calibration.held_out) <= start * 1.05
+
+
+def test_a_second_pass_measures_the_slope_anew_and_keeps_the_curvature(models):
+    model, pruned, calibration = models
+    taps = output_taps(pruned)
+    _measure(model, pruned, calibration, taps)
+    first = [(tap.direction(), tap.slope.clone(), tap.inputs.clone(), tap.outputs.clone()) for tap in taps]
+    _measure(model, pruned, calibration, taps)
+    for tap, (direction, slope, inputs, outputs) in zip(taps, first, strict=True):
+        assert torch.equal(tap.slope, slope) and torch.equal(tap.direction(), direction)
+        assert torch.equal(tap.inputs, inputs) and torch.equal(tap.outputs, outputs)
+
+
+@pytest.mark.parametrize(
+    ("best", "expected"), [(0.02, 0.02), (0.08, 0.08), (0.005, 0.005), (0.0001, 0.0), (1e9, 0.01 * 2**7)]
+)
+def test_the_line_search_doubles_or_halves_from_where_it_starts(best, expected):
+    found, length = _line_search(lambda s: abs(s - best), best, 0.01)
+    assert length == expected and found == abs(length - best) if length else found == best
