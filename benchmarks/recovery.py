@@ -69,7 +69,7 @@ WAYS: dict[str, Callable[[Job], Any]] = {
     "pruned": lambda job: AutoModelForCausalLM.from_pretrained(job.start),
     "SFT, LoRA": trained,
     "KD, LoRA": lambda job: trained(job, teacher=job.dense),
-    "KD, all weights": lambda job: trained(job, teacher=job.dense, method="full", learning_rate=1e-3),
+    "KD, all weights": lambda job: trained(job, teacher=job.dense, method="full"),
     "block-wise": blockwise,
     "block-wise, then KD, LoRA": lambda job: trained(
         job, teacher=job.dense, blockwise_tokens=job.tokens // 4, max_tokens=job.tokens - job.tokens // 4

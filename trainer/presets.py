@@ -34,11 +34,12 @@ class Settings:
         method: `lora` (every linear module of the decoder layers) or `full` (all weights).
         rank, alpha, dropout, rslora, dora: of the LoRA adapter, as in `peft.LoraConfig`.
         quantize: `4bit` loads the base quantized (QLoRA, needs bitsandbytes); the merge uses the weights as they are.
-        learning_rate, schedule, warmup, weight_decay, max_grad_norm: of AdamW; `warmup` is a fraction of the steps.
+        learning_rate: of AdamW; None: `1 / hidden_size` for LoRA with alpha = rank, a fifth of it for all weights.
+        schedule, warmup, weight_decay, max_grad_norm: of AdamW; `warmup` is a fraction of the steps.
         epochs: passes over the training rows.
         max_tokens: training tokens of one epoch, repeating the data if it is shorter; None: all there are.
         seq_len: tokens per row, BOS included; None: `min(2048, max_position_embeddings)`.
-        batch_tokens: tokens per optimizer step, all processes together.
+        batch_tokens: tokens per optimizer step, all processes together; None: 16 rows, at most 16,384 tokens.
         device_tokens: tokens per forward pass on one device.
         packing: put several examples into one row (they do not see each other); text windows fill their row anyway.
         streaming: read datasets while they download, no further than `max_tokens` asks.
@@ -58,13 +59,13 @@ class Settings:
     """
 
     method: str = "lora"
-    rank: int = 16
-    alpha: int = 32
+    rank: int = 64
+    alpha: int = 64
     dropout: float = 0.0
     rslora: bool = False
     dora: bool = False
     quantize: str | None = None
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     schedule: str = "cosine"
     warmup: float = 0.05
     weight_decay: float = 0.0
@@ -72,7 +73,7 @@ class Settings:
     epochs: int = 1
     max_tokens: int | None = None
     seq_len: int | None = None
-    batch_tokens: int = 4096
+    batch_tokens: int | None = None
     device_tokens: int = 4096
     packing: bool = True
     streaming: bool = False
@@ -107,16 +108,18 @@ class Settings:
             raise unknown("quantize", self.quantize, ["4bit"])
         if self.method == "full" and self.quantize:
             raise UsageError("quantize=4bit trains an adapter only: use method=lora")
-        counts = ("rank", "alpha", "epochs", "batch_tokens", "device_tokens", "top_k", "evaluations", "checkpoints")
+        counts = ("rank", "alpha", "epochs", "device_tokens", "top_k", "evaluations", "checkpoints")
         for name in counts:
             _at_least(name, getattr(self, name), 1)
-        for name in ("max_tokens", "patience"):
+        for name in ("max_tokens", "batch_tokens", "patience"):
             _at_least(name, getattr(self, name), 1, optional=True)
         _at_least("seq_len", self.seq_len, 2, optional=True)
         for name in ("blockwise_tokens", "held_out_tokens"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("learning_rate", "temperature", "max_grad_norm"):
+        for name in ("temperature", "max_grad_norm"):
             _between(name, getattr(self, name), 0, math.inf)
+        if self.learning_rate is not None:
+            _between("learning_rate", self.learning_rate, 0, math.inf)
         for name in ("dropout", "warmup", "distillation"):
             _between(name, getattr(self, name), 0, 1, closed=True)
         if self.patience is not None and not self.held_out_tokens:
@@ -128,7 +131,8 @@ class Settings:
 
 
 _REPORT = Settings(dropout=0.05, schedule="linear", seq_len=256, batch_tokens=16384)
-#: `alpaca` is what the report trained with (rank 8, 3 epochs), `alpaca-strong` what it suggests
+#: `default` distils where there is a teacher; `alpaca` is what the report trained with (rank 8, 3 epochs),
+#: `alpaca-strong` what it suggests
 PRESETS: dict[str, Settings] = {
     "default": Settings(max_tokens=2_000_000, distillation=0.9),
     "alpaca": replace(_REPORT, rank=8, alpha=16, epochs=3, learning_rate=3e-4),

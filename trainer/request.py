@@ -19,6 +19,10 @@ from .presets import PRESET_DATA, Settings, resolve
 REQUEST_FILE = "recover.yaml"
 #: default of `seq_len` where the model has longer positions
 _SEQ_LEN = 2048
+#: a step of the default preset: rows, and tokens where rows are long
+_ROWS, _MOST_TOKENS = 16, 16384
+#: learning rate times hidden size: what a weight may change by in one step of Adam shrinks with the width it sums over
+_RATE = {"lora": 1.0, "full": 0.2}
 #: fields that may differ between an interrupted run and the one that resumes it
 _FREE = ("overwrite", "resume")
 
@@ -31,7 +35,7 @@ class Request:
         model: folder or Hub id of the checkpoint to train.
         data: training sources.
         output: folder of the recovered checkpoint.
-        settings: how to train; `seq_len` is set.
+        settings: how to train; `seq_len`, `batch_tokens` and `learning_rate` are set.
         seed: of data order and adapter weights.
         teacher: folder or Hub id of the dense model, None without distillation.
         evaluation: texts that will be evaluated on; refused as training data.
@@ -99,7 +103,12 @@ def make_request(
         model=str(model),
         data=sources,
         output=str(output),
-        settings=replace(settings, seq_len=seq_len),
+        settings=replace(
+            settings,
+            seq_len=seq_len,
+            batch_tokens=settings.batch_tokens or min(_ROWS * seq_len, _MOST_TOKENS),
+            learning_rate=settings.learning_rate or _RATE[settings.method] / config.hidden_size,
+        ),
         seed=seed,
         teacher=None if teacher is None else str(teacher),
         evaluation=tuple(evaluation),

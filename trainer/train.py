@@ -81,7 +81,7 @@ def plan_steps(request: Request, rows: int, processes: int) -> Steps:
     settings, seq_len = request.settings, request.settings.seq_len or 1
     if rows < processes:
         raise UsageError(f"the training text makes {rows} rows for {processes} processes: give more text")
-    wanted = min(max(1, settings.batch_tokens // seq_len), rows)
+    wanted = min(max(1, (settings.batch_tokens or seq_len) // seq_len), rows)
     # rounded down where the text holds no more
     share = min(math.ceil(wanted / processes), rows // processes)
     most = max(1, settings.device_tokens // seq_len)
