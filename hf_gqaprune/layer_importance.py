@@ -52,6 +52,7 @@ def similarity(model: Any, calibration: Calibration) -> list[float]:
         return add
 
     with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
         for index, layer in enumerate(layers):
             stack.callback(layer.register_forward_hook(watch(index)).remove)
         _nats(model, calibration)
