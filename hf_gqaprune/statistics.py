@@ -6,6 +6,7 @@ Curves are always kept; moments, which compensation needs, can be left out of th
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,10 +28,14 @@ from .torch_pruning import OUTPUT_PROJECTION, UnitSlices, trace_units
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
+
 VERSION = 1
 KINDS = ("attention", "mlp")
 #: ridge of the optimal-brain-surgeon solve, relative to the mean diagonal of H (Frantar & Alistarh 2022)
 RIDGE = 0.01
+#: fewer calibration tokens than this per FFN channel are warned of
+_TOKENS_PER_CHANNEL = 4
 
 
 @dataclass(frozen=True)
@@ -179,6 +184,7 @@ def collect_statistics(
                 if kind not in shape.skip:
                     taps[index, kind] = _Tap(index, kind, layers[index], slices[index])
         if calibration is not None and (rule.calibrated or moments):
+            _check_tokens(calibration, source)
             for tap in taps.values():
                 tap.attach(stack, rule.moments or moments, rule.output_gradients, rule.weight_gradients)
             backward = rule.output_gradients or rule.weight_gradients
@@ -192,6 +198,16 @@ def collect_statistics(
         blocks[key] = BlockStatistics(*key, curve, block.moments if moments else None)
         tap.release()
     return Statistics(source, criterion, blocks, calibration, seed)
+
+
+def _check_tokens(calibration: Calibration, source: ModelShape) -> None:
+    """Say so where the tokens are too few for what is estimated from them."""
+    tokens, wanted = calibration.ids.numel(), _TOKENS_PER_CHANNEL * max(shape.ffn for shape in source.layers)
+    if tokens < wanted:
+        logger.warning(
+            "%d calibration tokens are few for an FFN of %d channels: take at least %d (more samples or longer windows)",
+            tokens, wanted // _TOKENS_PER_CHANNEL, wanted,
+        )  # fmt: skip
 
 
 class _Tap:

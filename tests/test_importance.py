@@ -356,3 +356,12 @@ def test_a_block_without_any_activity_can_be_removed_and_refitted() -> None:
     assert bool(torch.isfinite(statistics.blocks[0, "mlp"].curve.cost).all())
     plan = make_plan(statistics, backbone_ratio=0.2)
     assert all(torch.isfinite(tensor).all() for tensor in prune(model, plan, statistics).state_dict().values())
+
+
+def test_too_few_tokens_for_the_widest_ffn_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_llama(ffn=12)
+    collect_statistics(model, Calibration.from_ids(token_ids(4, 12)), criterion="curvature")
+    assert not caplog.messages  # 48 tokens, 4 for each of 12 channels
+    collect_statistics(model, Calibration.from_ids(token_ids(4, 11)), criterion="curvature")
+    assert len(caplog.messages) == 1
+    assert "44 calibration tokens" in caplog.text and "12 channels" in caplog.text and "at least 48" in caplog.text
