@@ -6,6 +6,8 @@ import torch
 
 #: removals between two matrix-matrix updates
 _LAZY = 64
+#: rows of a symmetric matrix that are kept together, from the first column to the diagonal
+_STRIP = 256
 
 
 def remove_greedily(
@@ -19,7 +21,8 @@ def remove_greedily(
         P <- P - P_u:^T F        A <- A - F^T C - C^T F
 
     (Hassibi & Stork 1993, block form; A follows from the optimal update W <- W - W_u F). Single columns are updated
-    lazily: diagonals at once, the matrices once every `_LAZY` removals by matrix-matrix products.
+    lazily: diagonals at once, the matrices once every `_LAZY` removals by matrix-matrix products, of whose symmetric
+    results one triangle is computed: 2 n^3 flops in all, half of them for the inverse.
 
     Args:
         second_moment: H, symmetric positive definite `(n, n)`, float64.
@@ -29,70 +32,127 @@ def remove_greedily(
     Returns:
         order: int64 `(n_units,)`, units in order of removal.
         cost: float64 `(n_units,)`, cumulative cost, non-decreasing.
+
+    Raises:
+        torch.linalg.LinAlgError: H is not positive definite.
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(second_moment))
-    if columns.shape[1] == 1:
-        permutation = columns[:, 0]
-        order, steps = _remove_columns(inverse[permutation][:, permutation], gram[permutation][:, permutation])
+    if columns.shape[1] > 1:
+        order, steps = _remove_blocks(inverse, gram, columns)
     else:
-        order, steps = _remove_blocks(inverse, gram.clone(), columns)
-    return order, steps.clamp(min=0).cumsum(0)
+        permutation = columns[:, 0]
+        if torch.equal(permutation, torch.arange(len(gram))):
+            gram = gram.clone()
+        else:
+            inverse, gram = (matrix[permutation][:, permutation] for matrix in (inverse, gram))
+        order, steps = _remove_columns(inverse, gram)
+    return torch.tensor(order), torch.tensor(steps, dtype=gram.dtype).clamp(min=0).cumsum(0)
 
 
-def _remove_blocks(p: torch.Tensor, a: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _remove_blocks(p: torch.Tensor, a: torch.Tensor, columns: torch.Tensor) -> tuple[list[int], list[float]]:
     """`remove_greedily` for units of several columns: few of them, so each one is a matrix-matrix update."""
     alive = list(range(len(columns)))
+    width = columns.shape[1]
     order, steps = [], []
+    index = columns.flatten()
+    p, a = p[index][:, index], a[index][:, index]
     while alive:
-        index = columns[alive]  # (alive, width)
-        p_blocks = p[index[:, :, None], index[:, None, :]]
-        a_blocks = a[index[:, :, None], index[:, None, :]]
+        blocks = [m.view(len(alive), width, len(alive), width).diagonal(dim1=0, dim2=2) for m in (p, a)]
+        p_blocks, a_blocks = (block.permute(2, 0, 1) for block in blocks)  # (alive, width, width)
         factors = torch.linalg.cholesky(p_blocks)
         costs = torch.cholesky_solve(a_blocks, factors).diagonal(dim1=1, dim2=2).sum(1)
         best = int(costs.argmin())
-        u = index[best]
-        f = torch.cholesky_solve(p[u], factors[best])  # (width, n)
-        c = a[u] - a_blocks[best] @ f / 2
-        p -= p[u].T @ f
-        cross = f.T @ c
-        a -= cross + cross.T
+        steps.append(float(costs[best]))
         order.append(alive.pop(best))
-        steps.append(costs[best])
-    return torch.tensor(order), torch.stack(steps)
+        keep = torch.ones(len(p), dtype=torch.bool)
+        keep[best * width : (best + 1) * width] = False
+        p_rows, a_rows = p[~keep][:, keep], a[~keep][:, keep]  # (width, n)
+        f = torch.cholesky_solve(p_rows, factors[best])
+        c = a_rows - a_blocks[best] @ f / 2
+        p, a = p[keep][:, keep], a[keep][:, keep]
+        p.addmm_(p_rows.T, f, alpha=-1)
+        cross = f.T @ c
+        a -= cross
+        a -= cross.T
+    return order, steps
 
 
-def _remove_columns(p: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`remove_greedily` for units of one column, compacted to the columns that are left at each flush."""
+def _remove_columns(p: torch.Tensor, a: torch.Tensor) -> tuple[list[int], list[float]]:
+    """`remove_greedily` for units of one column, P and A worked on in place.
+
+    The last columns take the places of the removed ones, so that what is left stays the leading part. Of each strip of
+    rows only the columns up to its own are kept up to date.
+    """
     n = len(p)
     left = torch.arange(n)
-    order = torch.empty(n, dtype=torch.long)
-    steps = torch.empty(n, dtype=p.dtype)
-    done = 0
-    while done < n:
-        block = min(_LAZY, n - done)
-        p_diagonal, a_diagonal = p.diagonal().clone(), a.diagonal().clone()
-        rows = torch.zeros(block, len(p), dtype=p.dtype)
-        fs, cs = torch.zeros_like(rows), torch.zeros_like(rows)
-        picked = torch.empty(block, dtype=torch.long)
-        for k in range(block):
-            costs = a_diagonal / p_diagonal
-            u = int(costs.argmin())
-            rows[k] = p[u] - rows[:k, u] @ fs[:k]
-            fs[k] = rows[k] / rows[k, u]
-            a_row = a[u] - fs[:k, u] @ cs[:k] - cs[:k, u] @ fs[:k]
-            cs[k] = a_row - a_row[u] / 2 * fs[k]
-            steps[done + k] = costs[u]
-            picked[k] = u
-            p_diagonal -= rows[k] * fs[k]
-            a_diagonal -= 2 * fs[k] * cs[k]
-            p_diagonal[u], a_diagonal[u] = 1.0, torch.inf
-        order[done : done + block] = left[picked]
-        done += block
-        keep = torch.ones(len(p), dtype=torch.bool)
-        keep[picked] = False
-        rows, fs, cs = rows[:, keep], fs[:, keep], cs[:, keep]
-        cross = fs.T @ cs
-        p = p[keep][:, keep] - rows.T @ fs
-        a = a[keep][:, keep] - (cross + cross.T)
-        left = left[keep]
+    order: list[int] = []
+    steps: list[float] = []
+    while n:
+        block = min(_LAZY, n)
+        s, r = panels = p.new_empty(2, block, n)
+        picked, costs = _pick(p[:n, :n], a[:n, :n], s, r)
+        steps += costs
+        order += left[picked].tolist()
+        n -= block
+        holes = [u for u in picked if u < n]
+        tail = sorted(set(range(n, n + block)) - set(picked))
+        for matrix in (p, a):
+            _move(matrix, holes, tail, n)
+        panels[:, :, holes] = panels[:, :, tail]
+        left[holes] = left[tail]
+        s, r = panels[:, :, :n]
+        _subtract(p, s, s, n)
+        _subtract(a, torch.cat((s, r)), torch.cat((r, s)), n)
     return order, steps
+
+
+def _pick(p: torch.Tensor, a: torch.Tensor, s: torch.Tensor, r: torch.Tensor) -> tuple[list[int], list[float]]:
+    """The next columns to go and the cost of each; the rows that bring P and A up to date go into `s` and `r`.
+
+    With S = P_uu^-1/2 P_u: and R = P_uu^-1/2 C the updates are P <- P - S^T S and A <- A - S^T R - R^T S.
+
+    Args:
+        p: `(n, n)`, left as it is, like `a`.
+        s: `(removals, n)`, filled row by row, like `r`.
+    """
+    # an operation on a short vector costs numpy a fraction of what it costs torch; both see the same memory
+    p_rows, a_rows = p.numpy(), a.numpy()
+    p_diagonal, a_half = p_rows.diagonal().copy(), a_rows.diagonal() / 2
+    picked: list[int] = []
+    costs: list[float] = []
+    for k, (s_row, r_row) in enumerate(zip(s.numpy(), r.numpy(), strict=True)):
+        ratios = a_half / p_diagonal
+        u = int(ratios.argmin())
+        half_cost, scale = float(ratios[u]), float(p_diagonal[u]) ** -0.5
+        end = (u // _STRIP + 1) * _STRIP
+        for row, matrix in ((s_row, p_rows), (r_row, a_rows)):
+            row[:end] = matrix[u, :end]
+            row[end:] = matrix[end:, u]
+        s_u, r_u = s[:k, u].clone(), r[:k, u].clone()
+        s[k].addmv_(s[:k].T, s_u, beta=scale, alpha=-scale)
+        r[k].addmv_(s[:k].T, r_u, beta=scale, alpha=-scale).addmv_(r[:k].T, s_u, alpha=-scale)
+        r_row -= half_cost * s_row
+        p_diagonal -= s_row * s_row
+        a_half -= s_row * r_row
+        p_diagonal[u], a_half[u] = 1.0, float("inf")
+        picked.append(u)
+        costs.append(2 * half_cost)
+    return picked, costs
+
+
+def _move(matrix: torch.Tensor, holes: list[int], tail: list[int], n: int) -> None:
+    """Put the columns and rows `tail`, all from `n` on, into the places `holes`, all before `n`."""
+    rows = matrix[tail, :n]
+    corner = matrix[tail][:, tail].tril()
+    rows[:, holes] = corner + corner.tril(-1).T
+    for hole, row in zip(holes, rows, strict=True):
+        start = hole // _STRIP * _STRIP
+        matrix[hole, : start + _STRIP][: len(row)] = row[: start + _STRIP]
+        matrix[start:n, hole] = row[start:]
+
+
+def _subtract(matrix: torch.Tensor, left: torch.Tensor, right: torch.Tensor, n: int) -> None:
+    """matrix <- matrix - left^T right in the strips of the leading `(n, n)`, a symmetric product."""
+    for start in range(0, n, _STRIP):
+        end = min(start + _STRIP, n)
+        matrix[start:end, :end].addmm_(left[:, start:end].T, right[:, :end], alpha=-1)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import MistralConfig, MistralForCausalLM
 
 from hf_gqaprune import Calibration, Statistics, collect_statistics, make_plan, prune
-from hf_gqaprune.curvature import remove_greedily
+from hf_gqaprune.curvature import _remove_blocks, remove_greedily
 from hf_gqaprune.errors import UsageError, WorkError
 from hf_gqaprune.importance import CRITERIA, Block, Curve
 from hf_gqaprune.statistics import Moments
@@ -189,20 +189,21 @@ def test_curvature_equals_brute_force(seed: int, units: int, width: int, rows: i
         gone.append(unit)
 
 
-def test_lazy_updates_equal_eager_ones() -> None:
-    """150 single columns cross two flushes; the general path removes them as blocks of width one."""
-    from hf_gqaprune.curvature import _remove_blocks, _remove_columns
-
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_lazy_updates_equal_eager_ones(shuffled: bool) -> None:
+    """600 single columns cross flushes and strips; the general path removes them as blocks of width one."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(200, 150, generator=generator, dtype=torch.float64)
-    h = x.T @ x / 200 + 0.05 * torch.eye(150, dtype=torch.float64)
-    weight = torch.randn(20, 150, generator=generator, dtype=torch.float64)
+    x = torch.randn(700, 600, generator=generator, dtype=torch.float64)
+    h = x.T @ x / 700 + 0.05 * torch.eye(600, dtype=torch.float64)
+    weight = torch.randn(20, 600, generator=generator, dtype=torch.float64)
     gram = weight.T @ weight
-    inverse = torch.linalg.inv(h)
-    order, steps = _remove_columns(inverse, gram)
-    slow_order, slow_steps = _remove_blocks(inverse.clone(), gram.clone(), torch.arange(150)[:, None])
-    assert order.tolist() == slow_order.tolist()
-    assert torch.allclose(steps, slow_steps, rtol=1e-8)
+    columns = torch.randperm(600, generator=generator)[:, None] if shuffled else torch.arange(600)[:, None]
+    given = h.clone(), gram.clone()
+    order, cost = remove_greedily(h, gram, columns)
+    assert torch.equal(h, given[0]) and torch.equal(gram, given[1])
+    slow_order, slow_steps = _remove_blocks(torch.linalg.inv(h), gram, columns)
+    assert order.tolist() == slow_order
+    assert torch.allclose(cost, torch.tensor(slow_steps, dtype=torch.float64).cumsum(0), rtol=1e-8)
 
 
 def collected(criterion: str, **kwargs: Any) -> Statistics:
