@@ -100,7 +100,7 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
     folder = local_folder(request.model)
     config = load_config(folder)
     shape = ModelShape.from_config(config)
-    scored = request.allocation == "layer_importance" and request.plan is None
+    scored = request.allocation in ("layer_importance", "search") and request.plan is None
     if not (planning_only and criterion == "random") or scored:
         check_weights(folder)
     plan = None
@@ -145,9 +145,10 @@ def decide(prepared: Prepared, model: PreTrainedModel) -> tuple[PruningPlan, Sta
             statistics.save(request.save_statistics)
     if prepared.plan is not None:
         return prepared.plan, statistics
-    windows = prepared.calibration or statistics.calibration
-    scores = measure(model, windows) if windows and request.allocation == "layer_importance" else None
-    return make_plan(statistics, layer_scores=scores, **_demand(request)), statistics
+    windows, how = prepared.calibration or statistics.calibration, request.allocation
+    scores = measure(model, windows) if windows and how == "layer_importance" else None
+    searched = model if how == "search" else None
+    return make_plan(statistics, model=searched, layer_scores=scores, **_demand(request)), statistics
 
 
 def _demand(request: PruneRequest) -> dict[str, Any]:
@@ -162,24 +163,35 @@ def plan_model(request: PruneRequest) -> PruningPlan:
     from .planner import load_for_planning
 
     prepared = prepare(request, planning_only=True)
-    weights = prepared.criterion != "random" or request.allocation == "layer_importance"
+    weights = prepared.criterion != "random" or request.allocation in ("layer_importance", "search")
     return decide(prepared, load_for_planning(prepared.folder, weights=weights))[0]
 
 
-def prune_model(request: PruneRequest, output: str | Path, *, overwrite: bool = False) -> PruningPlan:
+def prune_model(
+    request: PruneRequest, output: str | Path, *, overwrite: bool = False, resume: bool = False
+) -> PruningPlan:
     """Decide, prune, and write the checkpoint with tokenizer, generation config, plan and licence files.
+
+    A saved plan without compensation is replayed shard by shard, and may be resumed: see `prune_checkpoint`.
 
     Returns:
         The plan that was applied to `request.model`. The checkpoint's own, in `prune_plan.json`, begins at the dense
         model where `request.model` was pruned before; that one's hash is in `gqaprune.json`.
     """
     from .plan import PruningPlan
+    from .streaming import prune_checkpoint
     from .surgery import prune
     from .trainer.merge import write_checkpoint
     from .trainer.models import load_model
 
     refuse_existing(output, overwrite)
+    replayed = request.plan is not None and request.compensation == "none"
+    if resume and not replayed:
+        raise UsageError("only a saved plan that is applied without compensation can be resumed: leave --resume out")
     prepared = prepare(request)
+    if replayed and prepared.plan is not None:
+        prune_checkpoint(prepared.folder, prepared.plan, output, overwrite=overwrite, resume=resume)
+        return prepared.plan
     model = load_model(prepared.folder)
     plan, statistics = decide(prepared, model)
     pruned = prune(model, plan, statistics, compensation=request.compensation, inplace=True)
@@ -343,6 +355,7 @@ def _report(recipe: Recipe, folder: Path, prepared: Prepared, final: str) -> Non
     from .trainer.models import load_model, load_tokenizer
 
     evaluate = recipe.evaluate
+    options: dict[str, Any] = {key: getattr(evaluate, key) for key in ("seq_len", "stride", "drop_tail", "max_chars")}
     places = {"dense": prepared.folder, "pruned": folder / PRUNED}
     trainable = None
     if final == RECOVERED:
@@ -354,15 +367,7 @@ def _report(recipe: Recipe, folder: Path, prepared: Prepared, final: str) -> Non
         model, tokenizer = load_model(place), load_tokenizer(place)
         perplexity = {}
         for source in evaluate.data:
-            result = evaluate_perplexity(
-                model,
-                tokenizer,
-                source,
-                seq_len=evaluate.seq_len,
-                stride=evaluate.stride,
-                drop_tail=evaluate.drop_tail,
-                max_chars=evaluate.max_chars,
-            )
+            result = evaluate_perplexity(model, tokenizer, source, **options)
             perplexity[result.dataset] = result
         tasks = evaluate_tasks(model, tokenizer, list(evaluate.tasks)) if evaluate.tasks else None
         stages.append(

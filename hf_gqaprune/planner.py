@@ -186,12 +186,14 @@ def make_plan(
     Args:
         statistics: removal curves of a calibration pass; without them `model` is needed and a criterion that needs no
             calibration (`magnitude`, `magnitude_l1`, `random`).
-        model: a model, or a path or Hub id to load one from; `random` needs no weights and takes one on the meta device.
+        model: without statistics: a model, or a path or Hub id to load one from; `random` needs no weights and takes one
+            on the meta device. With allocation `search`: the model that was measured, which is left as it was.
         ratio: fraction of all parameters to remove, between 0 and 1.
         backbone_ratio: fraction of the decoder layers' parameters, norms included; exactly one of both.
         rates: with `allocation="per_layer"` instead of a ratio: one fraction per layer.
         criterion: a key of `importance.CRITERIA`; by default that of the statistics.
-        allocation: `global` (default), `uniform`, `layer_importance` or `per_layer` (default when `rates` are given).
+        allocation: `global` (default), `search` (from `global` on, by measured divergence, see `search.refine`),
+            `uniform`, `layer_importance` or `per_layer` (default when `rates` are given).
         layer_scores: with `allocation="layer_importance"`: importance per layer, from `layer_importance.measure`.
         temperature: with `allocation="layer_importance"`: from 0.01 (the least important layers bear everything) over 1
             (default) upwards (all rates alike).
@@ -226,6 +228,9 @@ def make_plan(
         raise UsageError("allocation layer_importance and layer_scores (see layer_importance.measure) belong together")
     if criterion is not None and criterion not in CRITERIA:
         raise unknown("criterion", criterion, CRITERIA)
+    searched = demand.method == "search"
+    if searched and (statistics is None or model is None or isinstance(model, (str, os.PathLike))):
+        raise UsageError("allocation search needs statistics, and the loaded model that they were collected on")
     if statistics is None:
         statistics = _uncalibrated(model, criterion, seed)
     elif criterion not in (None, statistics.criterion):
@@ -237,7 +242,11 @@ def make_plan(
         removed = allocate_layer_importance(budget, layer_scores, 1.0 if temperature is None else temperature)
     else:
         costs = {key: budget.in_lots(key, statistics.blocks[key].curve.cost) for key in budget.units}
-        removed = ALLOCATIONS[demand.method](budget, costs)
+        removed = ALLOCATIONS["global" if searched else demand.method](budget, costs)
+    if searched:
+        from .search import refine
+
+        removed = refine(model, statistics, budget, removed)
     return plan_of(statistics, budget.unpacked(removed), demand.describe(statistics.source))
 
 

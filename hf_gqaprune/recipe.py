@@ -37,7 +37,7 @@ class CalibrationRecipe:
 class PruneRecipe:
     """How much is removed, and which units. Exactly one of `ratio` (of all parameters) and `backbone_ratio`.
 
-    See `make_plan` for the fields. `allocation` is `global`, `uniform` or `layer_importance`.
+    See `make_plan` for the fields. `allocation` is `global`, `search`, `uniform` or `layer_importance`.
     """
 
     ratio: float | None = None

@@ -107,7 +107,7 @@ def prune_checkpoint(
         shutil.rmtree(working)
     except (OSError, WorkError) as error:
         reason = " ".join(str(error).split())
-        raise WorkError(f"{reason}; what was finished is in {working}: pass resume=True to go on, or delete it") from error
+        raise WorkError(f"{reason}; what was finished is in {working}: pass --resume to go on, or delete it") from error
     return target
 
 
@@ -219,7 +219,7 @@ def _begun(working: Path, resume: bool, overwrite: bool, inputs: dict[str, str])
         return fresh
     if not resume:
         if not overwrite:
-            raise UsageError(f"{working} is of an interrupted call: pass resume=True to go on with it, or delete it")
+            raise UsageError(f"{working} is of an interrupted call: pass --resume to go on with it, or delete it")
         shutil.rmtree(working)
         return fresh
     try:

@@ -194,7 +194,7 @@ def test_the_disk_fills_up_at_any_layer_and_the_next_call_goes_on(tmp_path: Path
             prune_checkpoint(tmp_path / "dense", plan, out, resume=True)
         assert str(caught.value) == (
             f"cannot write {working / WEIGHTS}: File too large; what was finished is in {working}: "
-            "pass resume=True to go on, or delete it"
+            "pass --resume to go on, or delete it"
         )
         assert not out.exists() and not (working / "config.json").exists()
         finished.append(len(json.loads((working / "progress.json").read_text())["written"]))
@@ -264,7 +264,7 @@ def test_shards_that_are_gone_are_written_again(tmp_path: Path, interrupted: Pru
 def test_an_interrupted_call_is_neither_dropped_nor_mixed_with_another(tmp_path: Path, interrupted: PruningPlan) -> None:
     dense, out, working = tmp_path / "dense", tmp_path / "out", tmp_path / ".out.unfinished"
     state = contents(working)
-    with pytest.raises(UsageError, match="is of an interrupted call: pass resume=True to go on with it, or delete it"):
+    with pytest.raises(UsageError, match="is of an interrupted call: pass --resume to go on with it, or delete it"):
         prune_checkpoint(dense, interrupted, out)
     other = thinned(interrupted.source, seed=5)
     with pytest.raises(UsageError, match="was begun with another plan: give the same one, or delete it to begin anew"):
@@ -456,3 +456,19 @@ def test_too_little_room_is_told_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"the pruned weights need \d+\.\d\d GB more, and .* has \d+\.\d\d GB left: make room"):
         prune_checkpoint(dense, thinned(source), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_the_command_replays_a_saved_plan_shard_by_shard(tmp_path: Path, tokenizer: Any) -> None:
+    from hf_gqaprune.cli import main
+
+    model = tiny_llama(layers=2)
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    plan = plan_for(model)
+    plan.save(tmp_path / "plan.json")
+    command = ["prune", str(tmp_path / "dense"), "--plan", str(tmp_path / "plan.json"), "-o", str(tmp_path / "cut")]
+    assert main([*command, "--resume"]) == 2
+    assert not (tmp_path / "cut").exists()
+    # nothing is there to go on with: it begins
+    assert main([*command, "--compensation", "none", "--resume"]) == 0
+    assert contents(tmp_path / "cut") == in_memory(tmp_path / "dense", plan, tmp_path / "again")

@@ -89,6 +89,9 @@ def prune(parser: argparse.ArgumentParser) -> None:
     units.add_argument(
         "--compensation", default="least_squares", metavar="C", help="least_squares (default) or none: what is re-fitted"
     )
+    units.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted --plan PLAN --compensation none"
+    )
     _calibration(parser.add_argument_group("calibration"))
 
 
@@ -186,7 +189,7 @@ def _choices(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--criterion", metavar="C", help="how units are ranked (default: curvature)")
     group.add_argument(
         "--allocation", metavar="A",
-        help="how the budget is split over layers: global (default), uniform, layer_importance, per_layer",
+        help="how the budget is split over layers: global (default), search, uniform, layer_importance, per_layer",
     )  # fmt: skip
     group.add_argument(
         "--temperature", type=float, metavar="T",

@@ -38,7 +38,7 @@ def prune(args: argparse.Namespace) -> None:
     """Write the smaller checkpoint."""
     from .. import pipeline
 
-    chosen = pipeline.prune_model(_prune_request(args), args.output, overwrite=args.overwrite)
+    chosen = pipeline.prune_model(_prune_request(args), args.output, overwrite=args.overwrite, resume=args.resume)
     print(f"{chosen}\n\nwritten to {args.output}")
 
 
