@@ -123,8 +123,9 @@ class Calibration:
 
 
 def split_batches(ids: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Rows of int64 `(samples, seq_len)` in order, about `TOKENS_PER_BATCH` tokens at a time."""
-    yield from ids.split(max(1, TOKENS_PER_BATCH // ids.shape[1]))
+    """Rows of int64 `(samples, seq_len)` in order, about `TOKENS_PER_BATCH` tokens at a time; nothing of none."""
+    if len(ids):
+        yield from ids.split(max(1, TOKENS_PER_BATCH // ids.shape[1]))
 
 
 def _texts(sources: Any, column: str) -> list[tuple[Text, float]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import ranks
 from .calibration import Calibration, split_batches
 from .errors import WorkError
 from .statistics import RIDGE, frozen
@@ -133,6 +134,11 @@ class _Tap:
         left = torch.cholesky_solve(self.slope.double().cpu() / self.tokens, outputs)
         return torch.cholesky_solve(left.T, inputs).T
 
+    def add_up(self) -> None:
+        """Sum what the last pass added over processes."""
+        ranks.add_up((self.slope,) if self.curved else (self.slope, self.inputs, self.outputs))
+        self.tokens = int(ranks.added_up(self.tokens, self.slope))
+
     def _forward(self, _module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         self._x = args[0].detach().flatten(0, -2).float()  # (tokens, n)
         if not self.curved:
@@ -163,9 +169,9 @@ def _measure(model: Any, pruned: Any, calibration: Calibration, taps: list[_Tap]
     """One pass of both models over the fitted windows; the pruned one goes back once, the first time twice."""
     from tqdm.auto import tqdm
 
-    generator = torch.Generator().manual_seed(calibration.seed)
+    generator = torch.Generator().manual_seed(calibration.seed + ranks.index())
     device = pruned.get_input_embeddings().weight.device
-    batches = list(split_batches(calibration.fitted))
+    batches = list(split_batches(ranks.share(calibration.fitted)))
     with ExitStack() as stack:
         stack.enter_context(frozen(pruned))
         for tap in taps:
@@ -186,16 +192,19 @@ def _measure(model: Any, pruned: Any, calibration: Calibration, taps: list[_Tap]
             for tap in taps:
                 tap.drawn = True
             torch.autograd.backward(-given.flatten(0, 1).gather(1, drawn).sum())
+    for tap in taps:
+        tap.add_up()
 
 
 @torch.no_grad()
 def _divergence(model: Any, pruned: Any, windows: torch.Tensor) -> float:
-    """KL(dense || pruned) in nats per token."""
+    """KL(dense || pruned) in nats per token, over the windows of all processes."""
     device = pruned.get_input_embeddings().weight.device
     total = 0.0
-    for ids in split_batches(windows):
+    for ids in split_batches(ranks.share(windows)):
         wanted, given = _log_probs(model, ids.to(device)), _log_probs(pruned, ids.to(device))
         total += float((wanted.exp() * (wanted - given)).sum(dtype=torch.float64))
+    total = ranks.added_up(total, pruned.get_input_embeddings().weight)
     if total != total:
         raise WorkError("the divergence of the pruned model from the dense one is not a number: activations overflow")
     return total / windows.numel()

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import identity
+from . import identity, ranks
 from .errors import UsageError, WorkError, unknown
 from .files import new_folder, refuse_existing, write_json, write_text
 from .recipe import Recipe, RecoverRecipe
@@ -141,7 +141,7 @@ def decide(prepared: Prepared, model: PreTrainedModel) -> tuple[PruningPlan, Sta
         statistics = collect_statistics(
             model, prepared.calibration, criterion=criterion, moments=prepared.calibration is not None, seed=request.seed
         )
-        if request.save_statistics:
+        if request.save_statistics and ranks.index() == 0:
             statistics.save(request.save_statistics)
     if prepared.plan is not None:
         return prepared.plan, statistics
@@ -162,9 +162,11 @@ def plan_model(request: PruneRequest) -> PruningPlan:
     """The dry run: decide, write no weights. `random` reads the config alone."""
     from .planner import load_for_planning
 
+    device = ranks.join()
     prepared = prepare(request, planning_only=True)
     weights = prepared.criterion != "random" or request.allocation in ("layer_importance", "search")
-    return decide(prepared, load_for_planning(prepared.folder, weights=weights))[0]
+    model = load_for_planning(prepared.folder, weights=weights)
+    return decide(prepared, model.to(device) if weights and device else model)[0]
 
 
 def prune_model(
@@ -188,17 +190,23 @@ def prune_model(
     replayed = request.plan is not None and request.compensation == "none"
     if resume and not replayed:
         raise UsageError("only a saved plan that is applied without compensation can be resumed: leave --resume out")
+    device = ranks.join()
     prepared = prepare(request)
     if replayed and prepared.plan is not None:
+        if device is not None:
+            raise UsageError("a saved plan without compensation is replayed by one process: leave accelerate launch out")
         prune_checkpoint(prepared.folder, prepared.plan, output, overwrite=overwrite, resume=resume)
         return prepared.plan
     model = load_model(prepared.folder)
+    model = model.to(device) if device else model
     plan, statistics = decide(prepared, model)
     pruned = prune(model, plan, statistics, compensation=request.compensation, inplace=True)
-    base = identity.fingerprint(prepared.folder)
-    with new_folder(output, overwrite) as scratch:
-        whole = PruningPlan.from_dict(pruned.prune_plan)
-        write_checkpoint(pruned, prepared.folder, scratch, plan_hash=whole.hash(), base_fingerprint=base)
+    if ranks.index() == 0:
+        base = identity.fingerprint(prepared.folder)
+        with new_folder(output, overwrite) as scratch:
+            whole = PruningPlan.from_dict(pruned.prune_plan)
+            write_checkpoint(pruned, prepared.folder, scratch, plan_hash=whole.hash(), base_fingerprint=base)
+    ranks.wait()
     return plan
 
 

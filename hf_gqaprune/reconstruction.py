@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import ranks
 from .calibration import Calibration, split_batches
 
 #: ridges that are tried, relative to the mean diagonal; the one with the least held-out error is taken
@@ -63,6 +64,14 @@ class NormalEquations:
         """||T - W X||^2 from the sums alone."""
         return float(((weight @ self.gram) * weight).sum() - 2 * (weight * self.cross).sum()) + self.energy
 
+    def add_up(self, device: torch.device) -> None:
+        """Sum over processes, which exchange from `device`."""
+        if ranks.count() > 1:
+            self.gram, self.cross = self.gram.to(device), self.cross.to(device)
+            ranks.add_up((self.gram, self.cross))
+            self.energy = ranks.added_up(self.energy, self.gram)
+            self.gram, self.cross = self.gram.cpu(), self.cross.cpu()
+
     def __add__(self, other: NormalEquations) -> NormalEquations:
         return NormalEquations(self.gram + other.gram, self.cross + other.cross, self.energy + other.energy)
 
@@ -100,14 +109,14 @@ class _Walk:
         from transformers.masking_utils import create_causal_mask
 
         device = model.get_input_embeddings().weight.device
-        held, fitted = calibration.held_out, calibration.fitted
+        held, fitted = ranks.share(calibration.held_out), ranks.share(calibration.fitted)
         batches = [(ids, False) for ids in split_batches(fitted)]
-        batches += [(ids, True) for ids in split_batches(held)] if len(held) else []
+        batches += [(ids, True) for ids in split_batches(held)]
         self.held_out = [flag for _, flag in batches]
         self.dense = [model.get_input_embeddings()(ids.to(device)) for ids, _ in batches]
         self.pruned = list(self.dense)
         positions = torch.arange(calibration.ids.shape[1], device=device)[None]
-        self.rope = model.get_decoder().rotary_emb(self.dense[0], positions)
+        self.rope = model.get_decoder().rotary_emb(model.get_input_embeddings()(positions), positions)
         self.masks: Callable[[Any, torch.Tensor], Any] = lambda config, hidden: create_causal_mask(
             config=config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
         )
@@ -152,6 +161,8 @@ class _Walk:
         sums = [NormalEquations.zeros(width, width) for _ in range(2)]
         for dense, pruned, is_held in zip(self.dense, self.pruned, self.held_out, strict=True):
             sums[is_held].add(norm(pruned), dense_norm(dense))
+        for total in sums:
+            total.add_up(block.get_submodule(names[0]).weight.device)
         for name in names:
             linear = block.get_submodule(name)
             prior = linear.weight.double().cpu()
@@ -173,6 +184,8 @@ class _Walk:
                 sums[held].add(taken.pop(), target - pruned - bias)
         finally:
             hook.remove()
+        for total in sums:
+            total.add_up(linear.weight.device)
         _assign(linear, _best(sums[0], sums[1], linear.weight.double().cpu()))
 
 

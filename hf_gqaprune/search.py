@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import ranks
 from .allocation import Budget, Key
 from .calibration import split_batches
 from .errors import UsageError, WorkError
@@ -62,7 +63,7 @@ def refine(model: PreTrainedModel, statistics: Statistics, budget: Budget, start
     if any(statistics.blocks[key].moments is None for key in budget.units):
         raise UsageError("allocation search needs statistics with moments: collect them with moments=True")
     with frozen(model), torch.no_grad(), _masked(model, statistics, budget) as candidate:
-        targets = [_Target.of(model, ids) for ids in split_batches(calibration.held_out)]
+        targets = [_Target.of(model, ids) for ids in split_batches(ranks.share(calibration.held_out))]
         for key, count in start.items():
             candidate.place(key, count)
         with tqdm(desc="searching", unit="plan", disable=None, leave=False) as bar:
@@ -161,10 +162,11 @@ class _Descent:
 
     def _divergence(self) -> float:
         self.bar.update()
-        total = sum(target.divergence(self.model) for target in self.targets)
+        some = self.model.get_input_embeddings().weight
+        total = ranks.added_up(sum(target.divergence(self.model) for target in self.targets), some)
         if total != total:
             raise WorkError("the divergence of a candidate from the dense model is not a number: activations overflow")
-        return total / sum(target.ids.numel() for target in self.targets)
+        return total
 
 
 class _Candidate:

@@ -5,6 +5,7 @@ Curves are always kept; moments, which compensation needs, can be left out of th
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -18,7 +19,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .calibration import Calibration
+from . import ranks
+from .calibration import Calibration, split_batches
 from .errors import UsageError, WorkError, unknown
 from .files import new_folder, write_json
 from .importance import CRITERIA, Block, Curve
@@ -154,6 +156,8 @@ def collect_statistics(
 ) -> Statistics:
     """Measure every block of `model` on `calibration` in one pass and turn it into removal curves.
 
+    Under `accelerate launch` every process measures its share of the windows and all get the same statistics.
+
     The model is left as it was: no copy is made, no weight changes, `requires_grad` flags and mode are restored.
 
     Args:
@@ -189,6 +193,8 @@ def collect_statistics(
                 tap.attach(stack, rule.moments or moments, rule.output_gradients, rule.weight_gradients)
             backward = rule.output_gradients or rule.weight_gradients
             _run(model, calibration, backward)
+            for tap in taps.values():
+                tap.add_up()
     blocks = {}
     for key, tap in taps.items():
         block = tap.block(seed)
@@ -225,9 +231,13 @@ class _Tap:
 
     def attach(self, stack: ExitStack, moments: bool, output_gradients: bool, weight_gradients: bool) -> None:
         output = self.linears[OUTPUT_PROJECTION[self.kind]]
+        rows, columns = output.weight.shape
+        zeros = functools.partial(torch.zeros, device=output.weight.device)
         if moments:
+            self.inputs, self.input_sum = zeros(columns, columns), zeros(columns)
             stack.callback(output.register_forward_pre_hook(self._take_input).remove)
         if output_gradients:
+            self.gradients = zeros(rows, rows)
             stack.callback(output.register_forward_hook(self._watch_output).remove)
         if weight_gradients:
             for name, linear in self.linears.items():
@@ -235,6 +245,12 @@ class _Tap:
                 self.weight_gradients[name] = torch.zeros_like(linear.weight, dtype=torch.float32)
                 hook = linear.weight.register_post_accumulate_grad_hook(self._take_weight_gradient(name))
                 stack.callback(hook.remove)
+
+    def add_up(self) -> None:
+        """Sum over processes."""
+        sums = [self.inputs, self.input_sum, self.gradients, *self.weight_gradients.values()]
+        ranks.add_up(tensor for tensor in sums if tensor is not None)
+        self.tokens = int(ranks.added_up(self.tokens, next(iter(self.linears.values())).weight))
 
     def block(self, seed: int) -> Block:
         moments = None
@@ -256,10 +272,7 @@ class _Tap:
 
     def _take_input(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         x = args[0].detach().flatten(0, -2).float()  # (tokens, n)
-        if self.inputs is None:
-            self.inputs = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-            self.input_sum = torch.zeros(x.shape[1], device=x.device)
-        self.inputs.addmm_(x.T, x)
+        self.inputs.addmm_(x.T, x)  # type: ignore[union-attr]
         self.input_sum += x.sum(0)  # type: ignore[operator]
         self.tokens += len(x)
 
@@ -268,9 +281,7 @@ class _Tap:
 
     def _take_gradient(self, gradient: torch.Tensor) -> None:
         g = gradient.flatten(0, -2).float()  # (tokens, d)
-        if self.gradients is None:
-            self.gradients = torch.zeros(g.shape[1], g.shape[1], device=g.device)
-        self.gradients.addmm_(g.T, g)
+        self.gradients.addmm_(g.T, g)  # type: ignore[union-attr]
 
     def _take_weight_gradient(self, name: str) -> Any:
         def take(parameter: torch.Tensor) -> None:
@@ -286,7 +297,7 @@ def _run(model: PreTrainedModel, calibration: Calibration, backward: bool) -> No
     from tqdm.auto import tqdm
 
     device = next(model.parameters()).device
-    batches = list(calibration.batches())
+    batches = list(split_batches(ranks.share(calibration.ids)))
     with torch.set_grad_enabled(backward):
         for batch in tqdm(batches, desc="calibration", unit="batch", disable=None, leave=False):
             ids = batch.to(device)

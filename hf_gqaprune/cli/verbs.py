@@ -26,20 +26,22 @@ def run(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     """Decide and print; write the plan alone."""
-    from .. import pipeline
+    from .. import pipeline, ranks
 
     refuse_existing(args.output, args.overwrite)
     chosen = pipeline.plan_model(_prune_request(args))
-    chosen.save(args.output)
-    print(f"{chosen}\n\nwritten to {args.output}")
+    if ranks.index() == 0:
+        chosen.save(args.output)
+        print(f"{chosen}\n\nwritten to {args.output}")
 
 
 def prune(args: argparse.Namespace) -> None:
     """Write the smaller checkpoint."""
-    from .. import pipeline
+    from .. import pipeline, ranks
 
     chosen = pipeline.prune_model(_prune_request(args), args.output, overwrite=args.overwrite, resume=args.resume)
-    print(f"{chosen}\n\nwritten to {args.output}")
+    if ranks.index() == 0:
+        print(f"{chosen}\n\nwritten to {args.output}")
 
 
 def recover(args: argparse.Namespace) -> None:
