@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_gqaprune as gp
+from hf_gqaprune.calibration import split_batches
 from hf_gqaprune.evaluation import evaluate_perplexity
 from hf_gqaprune.files import write_json
 from hf_gqaprune.plan import LayerPlan, PruningPlan
@@ -34,7 +35,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 def head_scores(model: torch.nn.Module, calibration: gp.Calibration) -> list[dict[str, torch.Tensor]]:
     """Per layer and projection the first-order Taylor score sum |w * dL/dw| of every head, float64 `(heads,)`."""
     totals: dict[str, torch.Tensor] = {}
-    for batch in calibration.batches():
+    for batch in split_batches(calibration.ids, model.config.vocab_size):
         logits = model(batch, use_cache=False).logits
         F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").backward()
     scores = []

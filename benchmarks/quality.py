@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_gqaprune as gp
+from hf_gqaprune.calibration import split_batches
 from hf_gqaprune.evaluation import evaluate_perplexity
 from hf_gqaprune.files import write_json
 from hf_gqaprune.report import versions
@@ -94,7 +95,7 @@ def bare_pass(model: Any, calibration: gp.Calibration) -> float:
     """Seconds of forward and backward over the calibration windows with nothing measured."""
     start = time.perf_counter()
     with frozen(model):
-        for ids in calibration.batches():
+        for ids in split_batches(calibration.ids, model.config.vocab_size):
             embeds = model.get_input_embeddings()(ids).detach().requires_grad_(True)
             logits = model(inputs_embeds=embeds, use_cache=False).logits
             F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum").backward()

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: tokens in one forward pass; fixed, so that results never depend on how much memory there is
 TOKENS_PER_BATCH = 8192
+#: half a gigabyte in float32
+LOGITS_PER_BATCH = 1 << 27
 #: one window in this many is held out of the statistics, for choices that must not be made on the fitted windows
 HELD_OUT_EVERY = 8
 
@@ -68,10 +70,6 @@ class Calibration:
         keep = torch.arange(len(self.ids)) % HELD_OUT_EVERY != HELD_OUT_EVERY - 1
         return self.ids[keep]
 
-    def batches(self) -> Iterator[torch.Tensor]:
-        """All windows, in order, about `TOKENS_PER_BATCH` tokens at a time."""
-        yield from split_batches(self.ids)
-
     def record(self) -> list[dict[str, Any]]:
         """The sources, JSON-ready."""
         return [asdict(source) for source in self.sources]
@@ -122,10 +120,14 @@ class Calibration:
         return Calibration(ids, records, seed)
 
 
-def split_batches(ids: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Rows of int64 `(samples, seq_len)` in order, about `TOKENS_PER_BATCH` tokens at a time; nothing of none."""
+def split_batches(ids: torch.Tensor, vocabulary: int) -> Iterator[torch.Tensor]:
+    """Rows of int64 `(samples, seq_len)` in order, at least one at a time; nothing of none.
+
+    A batch has about `TOKENS_PER_BATCH` tokens, or fewer where their logits would be more than `LOGITS_PER_BATCH`.
+    """
+    tokens = min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // vocabulary)
     if len(ids):
-        yield from ids.split(max(1, TOKENS_PER_BATCH // ids.shape[1]))
+        yield from ids.split(max(1, tokens // ids.shape[1]))
 
 
 def _texts(sources: Any, column: str) -> list[tuple[Text, float]]:

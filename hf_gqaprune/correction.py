@@ -171,7 +171,7 @@ def _measure(model: Any, pruned: Any, calibration: Calibration, taps: list[_Tap]
 
     generator = torch.Generator().manual_seed(calibration.seed + ranks.index())
     device = pruned.get_input_embeddings().weight.device
-    batches = list(split_batches(ranks.share(calibration.fitted)))
+    batches = list(split_batches(ranks.share(calibration.fitted), model.config.vocab_size))
     with ExitStack() as stack:
         stack.enter_context(frozen(pruned))
         for tap in taps:
@@ -201,7 +201,7 @@ def _divergence(model: Any, pruned: Any, windows: torch.Tensor) -> float:
     """KL(dense || pruned) in nats per token, over the windows of all processes."""
     device = pruned.get_input_embeddings().weight.device
     total = 0.0
-    for ids in split_batches(ranks.share(windows)):
+    for ids in split_batches(ranks.share(windows), model.config.vocab_size):
         wanted, given = _log_probs(model, ids.to(device)), _log_probs(pruned, ids.to(device))
         total += float((wanted.exp() * (wanted - given)).sum(dtype=torch.float64))
     total = ranks.added_up(total, pruned.get_input_embeddings().weight)

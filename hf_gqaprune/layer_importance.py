@@ -85,7 +85,7 @@ def _nats(model: Any, calibration: Calibration) -> float:
     """Mean cross-entropy of the next token."""
     device = model.get_input_embeddings().weight.device
     total, tokens = 0.0, 0
-    for batch in split_batches(calibration.fitted):
+    for batch in split_batches(calibration.fitted, model.config.vocab_size):
         ids = batch.to(device)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
         total += float(F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum"))

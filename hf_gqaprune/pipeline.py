@@ -46,7 +46,7 @@ class PruneRequest:
     min_ffn: int = 1
     keep_layers: tuple[int, ...] = ()
     round_to: int | None = None
-    compensation: str = "least_squares"
+    compensation: str = "natural_gradient"
     calibration: tuple[str, ...] = ()
     samples: int = 128
     seq_len: int | None = None

@@ -48,7 +48,7 @@ class PruneRecipe:
     attention_share: float | None = None
     keep_layers: tuple[int, ...] = ()
     round_to: int | None = None
-    compensation: str = "least_squares"
+    compensation: str = "natural_gradient"
 
 
 @dataclass(frozen=True)

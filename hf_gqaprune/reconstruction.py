@@ -110,8 +110,8 @@ class _Walk:
 
         device = model.get_input_embeddings().weight.device
         held, fitted = ranks.share(calibration.held_out), ranks.share(calibration.fitted)
-        batches = [(ids, False) for ids in split_batches(fitted)]
-        batches += [(ids, True) for ids in split_batches(held)]
+        batches = [(ids, False) for ids in split_batches(fitted, model.config.vocab_size)]
+        batches += [(ids, True) for ids in split_batches(held, model.config.vocab_size)]
         self.held_out = [flag for _, flag in batches]
         self.dense = [model.get_input_embeddings()(ids.to(device)) for ids, _ in batches]
         self.pruned = list(self.dense)

@@ -60,10 +60,10 @@ def refine(model: PreTrainedModel, statistics: Statistics, budget: Budget, start
     calibration = statistics.calibration
     if calibration is None or not len(calibration.held_out):
         raise UsageError("allocation search measures on held-out windows: calibrate with 8 windows or more (--samples)")
-    if any(statistics.blocks[key].moments is None for key in budget.units):
+    if not all(statistics.blocks[key].has_moments for key in budget.units):
         raise UsageError("allocation search needs statistics with moments: collect them with moments=True")
     with frozen(model), torch.no_grad(), _masked(model, statistics, budget) as candidate:
-        targets = [_Target.of(model, ids) for ids in split_batches(ranks.share(calibration.held_out))]
+        targets = [_Target.of(model, ids) for ids in split_batches(ranks.share(calibration.held_out), model.config.vocab_size)]
         for key, count in start.items():
             candidate.place(key, count)
         with tqdm(desc="searching", unit="plan", disable=None, leave=False) as bar:
@@ -198,8 +198,9 @@ class _Candidate:
         else:
             weight = torch.zeros_like(dense["weight"])
             columns = self.columns[key][kept].flatten().sort().values
-            if len(columns) and block.moments is not None:
-                weight[:, columns] = refit_columns(dense["weight"], block.moments, columns)
+            moments = block.moments
+            if len(columns) and moments is not None:
+                weight[:, columns] = refit_columns(dense["weight"], moments, columns)
         linear.weight.data = weight
         if "bias" in dense:
             linear.bias.data = dense["bias"] if len(kept) else torch.zeros_like(dense["bias"])

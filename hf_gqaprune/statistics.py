@@ -9,7 +9,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -71,7 +71,17 @@ class BlockStatistics:
     layer: int
     kind: str
     curve: Curve
-    moments: Moments | None = None
+    stored: Moments | Path | None = field(default=None, repr=False)
+
+    @property
+    def moments(self) -> Moments | None:
+        """What re-fitting needs, None where it was not kept; of saved statistics read each time it is asked for."""
+        return _read_moments(self.stored) if isinstance(self.stored, Path) else self.stored
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether `moments` is there, without reading it."""
+        return self.stored is not None
 
 
 @dataclass
@@ -118,7 +128,7 @@ class Statistics:
 
     @staticmethod
     def load(folder: str | os.PathLike[str]) -> Statistics:
-        """Read a saved folder; raises [`UsageError`] naming what is missing."""
+        """Open a saved folder, which has to stay where it is; raises [`UsageError`] naming what is missing."""
         from safetensors.torch import load_file
 
         from .calibration import Source
@@ -135,7 +145,7 @@ class Statistics:
             path = root / _file(layer, kind)
             if not path.exists():
                 raise UsageError(f"statistics are incomplete: {path} is missing")
-            blocks[layer, kind] = _unpack(layer, kind, load_file(path))
+            blocks[layer, kind] = _open_block(layer, kind, path)
         calibration = None
         if head["calibration"] is not None:
             ids = load_file(root / "calibration.safetensors")["ids"]
@@ -164,7 +174,7 @@ def collect_statistics(
         model: a Llama or pruned Llama causal LM, any float dtype; moments are kept in float32.
         calibration: the windows; may be None for criteria that need none when `moments` is false.
         criterion: a key of `importance.CRITERIA`.
-        moments: also keep the second moments of the output projections' inputs, which `least_squares` needs.
+        moments: also keep the second moments of the output projections' inputs, which re-fitting needs.
         seed: for the criterion `random`.
 
     Raises:
@@ -179,14 +189,14 @@ def collect_statistics(
         raise UsageError(f"criterion {criterion} needs calibration text: pass --calibration NAME_OR_FILE")
     slices = trace_units(source.layers)
     layers: Any = model.get_decoder().layers
-    _check_weights(layers)
-    taps: dict[tuple[int, str], _Tap] = {}
+    check_weights(dict(enumerate(layers)))
+    taps: dict[tuple[int, str], Tap] = {}
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
         for index, shape in enumerate(source.layers):
             for kind in KINDS:
                 if kind not in shape.skip:
-                    taps[index, kind] = _Tap(index, kind, layers[index], slices[index])
+                    taps[index, kind] = Tap(index, kind, layers[index], slices[index])
         if calibration is not None and (rule.calibrated or moments):
             _check_tokens(calibration, source)
             for tap in taps.values():
@@ -216,7 +226,7 @@ def _check_tokens(calibration: Calibration, source: ModelShape) -> None:
         )  # fmt: skip
 
 
-class _Tap:
+class Tap:
     """Sums what one block shows while calibration batches pass through it."""
 
     def __init__(self, layer: int, kind: str, module: nn.Module, slices: UnitSlices) -> None:
@@ -258,9 +268,9 @@ class _Tap:
             gradients = self.gradients
             moments = Moments(
                 self.tokens,
-                (self.inputs / self.tokens).cpu(),
+                _mirrored(self.inputs / self.tokens),
                 (self.input_sum / self.tokens).cpu(),
-                None if gradients is None else (gradients / self.tokens).cpu(),
+                None if gradients is None else _mirrored(gradients / self.tokens),
             )
             _check_moments(self.layer, self.kind, moments)
         weights = {name: linear.weight.detach() for name, linear in self.linears.items()}
@@ -297,7 +307,7 @@ def _run(model: PreTrainedModel, calibration: Calibration, backward: bool) -> No
     from tqdm.auto import tqdm
 
     device = next(model.parameters()).device
-    batches = list(split_batches(ranks.share(calibration.ids)))
+    batches = list(split_batches(ranks.share(calibration.ids), model.config.vocab_size))
     with torch.set_grad_enabled(backward):
         for batch in tqdm(batches, desc="calibration", unit="batch", disable=None, leave=False):
             ids = batch.to(device)
@@ -340,8 +350,9 @@ def _trainable(parameter: torch.Tensor) -> Iterator[None]:
         parameter.grad = gradient
 
 
-def _check_weights(layers: Any) -> None:
-    for index, layer in enumerate(layers):
+def check_weights(layers: Mapping[int, nn.Module]) -> None:
+    """Raise [`WorkError`] for a weight of `{index: layer}` that is not finite."""
+    for index, layer in layers.items():
         for name, parameter in layer.named_parameters():
             if parameter.device.type != "meta" and not bool(torch.isfinite(parameter).all()):
                 raise WorkError(f"layer {index}: {name} holds values that are not finite; repair the checkpoint first")
@@ -359,34 +370,51 @@ def _file(layer: int, kind: str) -> str:
 
 def _pack(block: BlockStatistics, with_moments: bool) -> dict[str, torch.Tensor]:
     tensors = {"order": block.curve.order, "cost": block.curve.cost}
-    if with_moments and block.moments is not None:
-        m = block.moments
+    m = block.moments if with_moments else None
+    if m is not None:
         tensors |= {"tokens": torch.tensor(m.tokens), "inputs": _triangle(m.inputs), "input_mean": m.input_mean}
         if m.gradients is not None:
             tensors["gradients"] = _triangle(m.gradients)
     return tensors
 
 
-def _unpack(layer: int, kind: str, tensors: dict[str, torch.Tensor]) -> BlockStatistics:
-    curve = Curve(tensors["order"], tensors["cost"])
-    if "inputs" not in tensors:
-        return BlockStatistics(layer, kind, curve)
-    gradients = _square(tensors["gradients"]) if "gradients" in tensors else None
-    moments = Moments(int(tensors["tokens"]), _square(tensors["inputs"]), tensors["input_mean"], gradients)
-    return BlockStatistics(layer, kind, curve, moments)
+def _open_block(layer: int, kind: str, path: Path) -> BlockStatistics:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        curve = Curve(file.get_tensor("order"), file.get_tensor("cost"))
+        return BlockStatistics(layer, kind, curve, path if "inputs" in file.keys() else None)  # noqa: SIM118
+
+
+def _read_moments(path: Path) -> Moments:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        gradients = _square(file.get_tensor("gradients")) if "gradients" in file.keys() else None  # noqa: SIM118
+        inputs = _square(file.get_tensor("inputs"))
+        return Moments(int(file.get_tensor("tokens")), inputs, file.get_tensor("input_mean"), gradients)
+
+
+def _mirrored(matrix: torch.Tensor) -> torch.Tensor:
+    """`matrix` on the CPU, exactly symmetric as it is stored; products are symmetric up to rounding."""
+    lower = matrix.cpu().tril_()
+    return lower.add_(lower.tril(-1).T)
 
 
 def _triangle(matrix: torch.Tensor) -> torch.Tensor:
     """Lower triangle of a symmetric `(n, n)`, flat `(n (n + 1) / 2,)`."""
-    rows, columns = torch.tril_indices(*matrix.shape)
-    return matrix[rows, columns].contiguous()
+    # row by row: an index of the triangle would be four times its size
+    return torch.cat([row[: i + 1] for i, row in enumerate(matrix)])
 
 
 def _square(triangle: torch.Tensor) -> torch.Tensor:
     """Inverse of `_triangle`."""
     n = int(((8 * len(triangle) + 1) ** 0.5 - 1) / 2)
-    matrix = torch.empty(n, n, dtype=triangle.dtype)
-    rows, columns = torch.tril_indices(n, n)
-    matrix[rows, columns] = triangle
-    matrix[columns, rows] = triangle
+    matrix = triangle.new_empty(n, n)
+    start = 0
+    for i in range(n):
+        row = triangle[start : start + i + 1]
+        matrix[i, : i + 1] = row
+        matrix[: i + 1, i] = row
+        start += i + 1
     return matrix

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from .configuration_pruned_llama import PrunedLlamaConfig
     from .modeling_pruned_llama import PrunedLlamaForCausalLM
 
-COMPENSATIONS = ("least_squares", "none")
+#: from the best to the cheapest, each one the next and more
+COMPENSATIONS = ("natural_gradient", "least_squares", "none")
 _NORMS = {"attention": "input_layernorm.weight", "mlp": "post_attention_layernorm.weight"}
 
 
@@ -29,7 +30,7 @@ def prune(
     plan: PruningPlan,
     statistics: Statistics | None = None,
     *,
-    compensation: str = "least_squares",
+    compensation: str = COMPENSATIONS[0],
     inplace: bool = False,
 ) -> PrunedLlamaForCausalLM:
     """Apply `plan` to `model`.
@@ -37,11 +38,12 @@ def prune(
     Args:
         model: the Llama or pruned Llama causal LM that the plan was made for; any float dtype, which is kept.
         plan: which units stay.
-        statistics: second moments; needed by `least_squares`.
+        statistics: second moments; needed unless `compensation` is `none`. Without calibration windows (they are part of
+            what `collect_statistics` returns) only the first re-fit is made, on the moments alone.
         compensation: `least_squares` re-fits `o_proj` and `down_proj` of every changed block on the dense moments, then
             every linear from there on, layer by layer, on the inputs that the pruned prefix gives it (see
-            `reconstruction`), and then takes a few second-order steps towards the dense model's predictions (see
-            `correction`); `none` only slices.
+            `reconstruction`); `natural_gradient` then takes a few second-order steps towards the dense model's
+            predictions (see `correction`); `none` only slices.
         inplace: take what stays whole from `model` instead of copying it, and free the rest; `model` is unusable
             afterwards. Otherwise `model` stays untouched and shares no memory with the result.
 
@@ -59,16 +61,17 @@ def prune(
     state = _outer_state(model, inplace)
     for index, kept in enumerate(plan.layers):
         layer = inner.layers[index]
-        moments = _moments(statistics, index) if compensation == "least_squares" else {}
+        moments = _moments(statistics, index) if compensation != "none" else {}
         new = prune_layer(dict(layer.state_dict()), kept, slices[index], moments, clone=not inplace)
         state |= {f"model.layers.{index}.{name}": tensor for name, tensor in new.items()}
     pruned = assemble(model, pruned_config(model.config, plan), state)
     previous = getattr(model, "prune_plan", None)
     whole = PruningPlan.from_dict(previous).compose(plan) if previous else plan
     pruned.prune_plan = whole.to_dict()
-    if compensation == "least_squares" and statistics is not None and statistics.calibration is not None:
+    if compensation != "none" and statistics is not None and statistics.calibration is not None:
         refit_on_pruned_prefix(model, pruned, statistics.calibration)
-        natural_gradient_steps(model, pruned, statistics.calibration)
+        if compensation == "natural_gradient":
+            natural_gradient_steps(model, pruned, statistics.calibration)
     if inplace:
         model.to("meta")
     return pruned
@@ -152,7 +155,7 @@ def check_compensation(compensation: str, plan: PruningPlan, statistics: Statist
         raise UsageError(f"compensation {compensation} needs statistics with moments: pass them, or compensation='none'")
     if statistics.source != plan.source:
         raise UsageError("the statistics were collected on a model of other sizes than the plan's")
-    if any(block.moments is None for block in statistics.blocks.values()):
+    if not all(block.has_moments for block in statistics.blocks.values()):
         raise UsageError(f"compensation {compensation} needs moments, and these statistics were made without calibration")
 
 
@@ -219,8 +222,9 @@ def _moments(statistics: Statistics | None, layer: int) -> dict[str, Moments]:
     found = {}
     for kind in OUTPUT_PROJECTION:
         block = statistics.blocks.get((layer, kind)) if statistics else None
-        if block is not None and block.moments is not None:
-            found[kind] = block.moments
+        moments = block.moments if block is not None else None
+        if moments is not None:
+            found[kind] = moments
     return found
 
 

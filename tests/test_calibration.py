@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_gqaprune import Calibration
-from hf_gqaprune.calibration import TOKENS_PER_BATCH, _shares, _spread, parse_weight
+from hf_gqaprune.calibration import LOGITS_PER_BATCH, TOKENS_PER_BATCH, _shares, _spread, parse_weight, split_batches
 from hf_gqaprune.errors import UsageError
 
 
@@ -97,11 +97,13 @@ def test_the_seed_decides(tokenizer: Any, tmp_path: Path) -> None:
 
 def test_batches_hold_all_windows_in_order() -> None:
     ids = torch.arange(40 * 1024).view(40, 1024)
-    batches = list(Calibration.from_ids(ids).batches())
+    batches = list(split_batches(ids, 1000))
     assert [batch.numel() for batch in batches] == [TOKENS_PER_BATCH] * 5
     assert torch.equal(torch.cat(batches), ids)
-    long = Calibration.from_ids(torch.arange(2 * 10_000).view(2, 10_000))
-    assert [tuple(batch.shape) for batch in long.batches()] == [(1, 10_000), (1, 10_000)]
+    # a large vocabulary makes for fewer tokens, a long window is never cut
+    assert [len(batch) for batch in split_batches(ids[:3], LOGITS_PER_BATCH // 2048)] == [2, 1]
+    assert [tuple(batch.shape) for batch in split_batches(torch.arange(20_000).view(2, -1), 10)] == [(1, 10_000)] * 2
+    assert not list(split_batches(ids[:0], 10))
 
 
 def test_a_dataset_is_a_source(tokenizer: Any) -> None:

@@ -87,7 +87,10 @@ def prune(parser: argparse.ArgumentParser) -> None:
     units = parser.add_argument_group("which units")
     _choices(units)
     units.add_argument(
-        "--compensation", default="least_squares", metavar="C", help="least_squares (default) or none: what is re-fitted"
+        "--compensation",
+        default="natural_gradient",
+        metavar="C",
+        help="natural_gradient (default), least_squares (closed form only, a fraction of the time) or none"
     )
     units.add_argument(
         "--resume", action="store_true", help="go on with an interrupted --plan PLAN --compensation none"
