@@ -24,8 +24,8 @@ import hf_gqaprune as gp
 from hf_gqaprune.calibration import split_batches
 from hf_gqaprune.evaluation import evaluate_perplexity
 from hf_gqaprune.files import write_json
+from hf_gqaprune.measurement import frozen
 from hf_gqaprune.report import versions
-from hf_gqaprune.statistics import frozen
 from hf_gqaprune.text import load_text
 
 Cell = dict[str, Any]

@@ -15,7 +15,8 @@ from torch import nn
 from . import ranks
 from .calibration import Calibration, split_batches
 from .errors import WorkError
-from .statistics import RIDGE, frozen
+from .measurement import frozen
+from .statistics import RIDGE
 from .torch_pruning import OUTPUT_PROJECTION
 
 #: at most so many steps; each one costs about as much as the calibration pass

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .calibration import Calibration, split_batches
 from .errors import WorkError, unknown
-from .statistics import frozen
+from .measurement import frozen
 
 
 def measure(model: Any, calibration: Calibration, *, measure: str = "similarity") -> list[float]:

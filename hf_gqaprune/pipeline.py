@@ -130,8 +130,8 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
 def decide(prepared: Prepared, model: PreTrainedModel) -> tuple[PruningPlan, Statistics]:
     """Measure what has not been measured yet, and choose the plan that has not been given."""
     from .layer_importance import measure
+    from .measurement import collect_statistics
     from .planner import make_plan
-    from .statistics import collect_statistics
 
     request = prepared.request
     statistics = prepared.statistics

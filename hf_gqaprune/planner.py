@@ -21,8 +21,9 @@ from .allocation import (
 )
 from .errors import UsageError, unknown
 from .importance import CRITERIA
+from .measurement import collect_statistics
 from .plan import LayerPlan, ModelShape, PruningPlan
-from .statistics import Statistics, collect_statistics
+from .statistics import Statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,7 +6,7 @@ inputs that it really gets, those of the already pruned and re-fitted prefix, so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from . import ranks
-from .calibration import Calibration, split_batches
+from .calibration import Calibration
+from .layerwise import Surroundings, batches_of
 
 #: ridges that are tried, relative to the mean diagonal; the one with the least held-out error is taken
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -91,7 +92,14 @@ def refit_on_pruned_prefix(model: Any, pruned: Any, calibration: Calibration) ->
     """
     from tqdm.auto import tqdm
 
-    walk = _Walk(model, pruned, calibration)
+    ids, held_out = batches_of(ranks.share(calibration.fitted), ranks.share(calibration.held_out), model.config.vocab_size)
+    embed = model.get_input_embeddings()
+    with torch.no_grad():
+        hidden = [embed(batch.to(embed.weight.device)) for batch in ids]
+    surroundings = Surroundings(
+        model.config, model.get_decoder().rotary_emb, calibration.ids.shape[1], embed.weight.dtype
+    )
+    walk = Walk(hidden, hidden, held_out, surroundings, pruned.config)
     differs = False
     dense_layers, pruned_layers = model.get_decoder().layers, pruned.get_decoder().layers
     for dense_layer, layer in tqdm(
@@ -101,26 +109,34 @@ def refit_on_pruned_prefix(model: Any, pruned: Any, calibration: Calibration) ->
             differs = walk.block(kind, dense_layer, layer, differs)
 
 
-class _Walk:
+Stream = Iterable[torch.Tensor]
+
+
+class Walk:
     """The residual streams of both models, one tensor per batch, advanced block by block."""
 
-    @torch.no_grad()
-    def __init__(self, model: Any, pruned: Any, calibration: Calibration) -> None:
-        from transformers.masking_utils import create_causal_mask
+    def __init__(
+        self,
+        dense: Stream,
+        pruned: Stream,
+        held_out: Sequence[bool],
+        surroundings: Surroundings,
+        config: Any,
+        keep: Callable[[Stream], Stream] = list,
+    ) -> None:
+        """Begin in front of a layer.
 
-        device = model.get_input_embeddings().weight.device
-        held, fitted = ranks.share(calibration.held_out), ranks.share(calibration.fitted)
-        batches = [(ids, False) for ids in split_batches(fitted, model.config.vocab_size)]
-        batches += [(ids, True) for ids in split_batches(held, model.config.vocab_size)]
-        self.held_out = [flag for _, flag in batches]
-        self.dense = [model.get_input_embeddings()(ids.to(device)) for ids, _ in batches]
-        self.pruned = list(self.dense)
-        positions = torch.arange(calibration.ids.shape[1], device=device)[None]
-        self.rope = model.get_decoder().rotary_emb(model.get_input_embeddings()(positions), positions)
-        self.masks: Callable[[Any, torch.Tensor], Any] = lambda config, hidden: create_causal_mask(
-            config=config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
-        )
-        self.configs = (model.config, pruned.config)
+        Args:
+            dense: hidden states `(windows, seq_len, hidden)` of each batch in the dense model.
+            pruned: the same in the pruned model.
+            held_out: which batches choose the ridges.
+            surroundings: of the dense model.
+            config: of the pruned model.
+            keep: makes of new streams something that can be gone through again.
+        """
+        self.dense, self.pruned, self.held_out = dense, pruned, held_out
+        self.surroundings, self.keep = surroundings, keep
+        self.configs = (surroundings.config, config)
 
     @torch.no_grad()
     def block(self, kind: str, dense_layer: Any, layer: Any, differs: bool) -> bool:
@@ -129,7 +145,7 @@ class _Walk:
         if getattr(dense_layer, name) is None:
             return differs
         dense_block, dense_norm = getattr(dense_layer, name), getattr(dense_layer, norm)
-        targets = [self._run(kind, dense_block, dense_norm(h), 0) + h for h in self.dense]
+        targets = self.keep(self._run(kind, dense_block, dense_norm(h), 0) + h for h in self.dense)
         block = getattr(layer, name)
         if block is None:
             self.dense = targets
@@ -141,17 +157,17 @@ class _Walk:
         if differs or changed:
             self._fit_output(kind, getattr(block, output), block, new_norm, targets)
         if differs or changed:
-            self.pruned = [self._run(kind, block, new_norm(h), 1) + h for h in self.pruned]
+            self.pruned = self.keep(self._run(kind, block, new_norm(h), 1) + h for h in self.pruned)
         else:
-            self.pruned = list(targets)
+            self.pruned = targets
         self.dense = targets
         return differs or changed
 
     def _run(self, kind: str, block: nn.Module, hidden: torch.Tensor, which: int) -> torch.Tensor:
         if kind == "mlp":
             return block(hidden)
-        mask = self.masks(self.configs[which], hidden)
-        return block(hidden_states=hidden, position_embeddings=self.rope, attention_mask=mask)[0]
+        mask = self.surroundings.mask(hidden, self.configs[which])
+        return block(hidden_states=hidden, position_embeddings=self.surroundings.rope, attention_mask=mask)[0]
 
     def _fit_inputs(
         self, dense_block: Any, dense_norm: nn.Module, block: Any, norm: nn.Module, names: Sequence[str]
@@ -171,7 +187,7 @@ class _Walk:
             _assign(linear, _best(fit, held, prior))
 
     def _fit_output(
-        self, kind: str, linear: nn.Linear, block: nn.Module, norm: nn.Module, targets: list[torch.Tensor]
+        self, kind: str, linear: nn.Linear, block: nn.Module, norm: nn.Module, targets: Stream
     ) -> None:
         """Fit the output projection to the dense residual stream after the block."""
         sums = [NormalEquations.zeros(linear.out_features, linear.in_features) for _ in range(2)]

@@ -17,7 +17,8 @@ from . import ranks
 from .allocation import Budget, Key
 from .calibration import split_batches
 from .errors import UsageError, WorkError
-from .statistics import Statistics, frozen
+from .measurement import frozen
+from .statistics import Statistics
 from .surgery import refit_columns
 from .torch_pruning import OUTPUT_PROJECTION, trace_units
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,25 +15,24 @@ import torch
 from . import identity
 from .errors import UsageError, WorkError
 from .files import new_folder, refuse_existing, write_json, write_text
+from .layerwise import Layers, expected_tensors, layer_prefix
 from .plan import PruningPlan
 from .shards import INDEX, Checkpoint, ShardWriter, fingerprint
+from .statistics import Statistics
+from .streamed_refit import Refit
 from .surgery import check_compensation, prune_layer, pruned_config
 from .torch_pruning import UnitSlices, trace_units
+from .unfinished import PROGRESS, begin, model_state, sha256, working_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from .modeling_pruned_llama import PrunedLlamaForCausalLM
-
-PROGRESS = "progress.json"
-VERSION = 1
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def prune_checkpoint(
     model: str | os.PathLike[str],
     plan: PruningPlan,
     output: str | os.PathLike[str],
+    statistics: Statistics | None = None,
     *,
     compensation: str = "none",
     max_shard_size: int | str = "50GB",
@@ -44,16 +42,17 @@ def prune_checkpoint(
     """Prune a checkpoint without loading it: the files that `prune` and `save_pretrained` would write, byte for byte.
 
     Beside the weights go config, model files, plan, tokenizer, generation config, chat template, licence files and
-    `gqaprune.json`. Of a layer its pruned weights and one dense weight are in memory; embeddings and head pass in
-    pieces of 64 MiB. The work is done in a hidden folder beside `output`, `.NAME.unfinished`, whose content takes the
-    name `output` in one step when complete.
+    `gqaprune.json`. Of a layer its pruned weights and one dense weight are in memory (all of them, and the sums of one
+    least-squares problem, where it is re-fitted); embeddings and head pass in pieces of 64 MiB. The work is done in a
+    hidden folder beside `output`, `.NAME.unfinished`, whose content takes the name `output` in one step when complete.
 
     Args:
         model: folder or Hub id of a Llama or pruned Llama checkpoint in safetensors; its files are only read.
         plan: which units stay.
         output: the new folder.
-        compensation: `none`. `least_squares` ends with a step on all layers at once, which needs both models in memory:
-            see `prune`.
+        statistics: of `model`, from `stream_statistics` or saved before; needed unless `compensation` is `none`.
+        compensation: `none` or `least_squares`, as in `prune`. The steps of `natural_gradient` are on all layers at once
+            and need both models in memory.
         max_shard_size: of the written shards, as in `save_pretrained`: bytes, or a text such as `"5GB"`.
         overwrite: replace `output`, and without `resume` drop what an interrupted call left.
         resume: go on after the last layer that an interrupted call with the same arguments finished; begin where there
@@ -70,34 +69,40 @@ def prune_checkpoint(
     """
     from .trainer.models import load_config, local_folder
 
-    if compensation == "least_squares":
+    if compensation == "natural_gradient":
         raise UsageError(
-            "compensation least_squares needs both models in memory: load the model and use prune, or pass compensation='none'"
+            "compensation natural_gradient needs both models in memory: use prune, or compensation least_squares or none"
         )
-    check_compensation(compensation, plan, None)
+    check_compensation(compensation, plan, statistics)
     target = refuse_existing(output, overwrite)
     folder = local_folder(os.fspath(model))
     if target.resolve() == folder.resolve():
         raise UsageError(f"{target} is the model itself, which stays as it is: choose another output")
     config = load_config(folder)
     plan.check_model(config)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UsageError(f"{folder} is quantized, and cutting needs the plain weights: give the checkpoint it was made from")
-    checkpoint = Checkpoint(folder)
-    dense = _expected(_skeleton(config))
-    _check_tensors(folder, checkpoint, dense)
-    dtype = _dtype(config, checkpoint)
-    pruned = _pruned_skeleton(folder, config, plan, dtype)
-    working = target.parent / f".{target.name}.unfinished"
-    writer = ShardWriter(working, _expected(pruned), max_shard_size, pruned.num_parameters())
-    begun = _begun(working, resume, overwrite, _inputs(folder, checkpoint, plan, writer))
+    layers = Layers(folder, config)
+    checkpoint = layers.checkpoint
+    pruned = _pruned_skeleton(folder, config, plan, layers.dtype)
+    working = working_folder(target)
+    writer = ShardWriter(working, expected_tensors(pruned), max_shard_size, pruned.num_parameters())
+    refitted = statistics if compensation == "least_squares" else None
+    inputs = {
+        "plan": plan.hash(),
+        "model": model_state(folder, checkpoint),
+        "max_shard_size": sha256(sorted(writer.files.items())),
+        "compensation": compensation,
+        "statistics": sha256(refitted and refitted.identity()),
+    }
+    begun = begin(working, resume, overwrite, inputs, ("read", "written"))
     _check_room(working, writer)
     try:
         working.mkdir(parents=True, exist_ok=True)
         write_json(working / PROGRESS, begun)
         with checkpoint, writer:
             _resume(checkpoint, writer, begun)
-            _stream(_Surgery(checkpoint, writer, plan, dtype, _steps(plan, checkpoint, writer)), working / PROGRESS, begun)
+            refit = Refit(layers, pruned, refitted, working) if refitted else None
+            steps = _steps(plan, checkpoint, writer)
+            _stream(_Surgery(checkpoint, writer, plan, layers.dtype, steps, refit), working / PROGRESS, begun)
             writer.sync()
         with new_folder(target, overwrite) as scratch:
             _write_around(pruned, folder, scratch, checkpoint, writer)
@@ -127,11 +132,19 @@ class _Surgery:
     plan: PruningPlan
     dtype: torch.dtype
     steps: tuple[_Step, ...]
+    refit: Refit | None
 
     def pending(self) -> list[_Step]:
         """Steps that are not done yet."""
         read, written = self.checkpoint.digests.keys(), self.writer.digests.keys()
-        return [step for step in self.steps if not (read >= set(step.reads) and written >= set(step.writes))]
+        left = [step for step in self.steps if not (read >= set(step.reads) and written >= set(step.writes))]
+        layers = [step.layer for step in left if step.layer is not None]
+        if self.refit is None or not layers:
+            return left
+        # layers come in order, from the first that the streams of both models lead to
+        start = self.refit.begin(min(layers))
+        rest = [step for step in left if step.layer is None]
+        return sorted((s for s in self.steps if s.layer is not None and s.layer >= start), key=_layer_of) + rest
 
     def take(self, step: _Step, slices: tuple[UnitSlices, ...]) -> None:
         """Read, cut and write what `step` is about."""
@@ -139,9 +152,13 @@ class _Surgery:
             # noted by a call that was interrupted in between
             self.checkpoint.digests.pop(name, None)
         if step.layer is not None:
-            prefix = _prefix(step.layer)
-            layer = _DenseLayer(self.checkpoint, prefix, step.reads, self.dtype)
-            new = prune_layer(layer, self.plan.layers[step.layer], slices[step.layer], {}, clone=False)
+            prefix = layer_prefix(step.layer)
+            kept, units = self.plan.layers[step.layer], slices[step.layer]
+            if self.refit is None:
+                layer = _DenseLayer(self.checkpoint, prefix, step.reads, self.dtype)
+                new = prune_layer(layer, kept, units, {}, clone=False)
+            else:
+                new = self.refit.layer(step.layer, kept, units)
             for name, tensor in new.items():
                 self.writer.write(prefix + name, [tensor])
         for name in step.reads:
@@ -191,13 +208,19 @@ def _stream(surgery: _Surgery, progress: Path, begun: dict[str, Any]) -> None:
             surgery.checkpoint.announce(following.reads)
         surgery.take(step, slices)
         write_json(progress, {**begun, "read": surgery.checkpoint.digests, "written": surgery.writer.digests})
+        if surgery.refit is not None and step.layer is not None:
+            surgery.refit.finished(step.layer)
+
+
+def _layer_of(step: _Step) -> int:
+    return -1 if step.layer is None else step.layer
 
 
 def _steps(plan: PruningPlan, checkpoint: Checkpoint, writer: ShardWriter) -> tuple[_Step, ...]:
     """Everything that there is to read and write, layers whole and the rest one by one, in the order of the files."""
     steps = []
     for index in range(len(plan.layers)):
-        prefix = _prefix(index)
+        prefix = layer_prefix(index)
         reads = tuple(name for name in checkpoint.tensors if name.startswith(prefix))
         if reads:
             steps.append(_Step(reads, tuple(name for name in writer.tensors if name.startswith(prefix)), index))
@@ -205,46 +228,6 @@ def _steps(plan: PruningPlan, checkpoint: Checkpoint, writer: ShardWriter) -> tu
     steps += [_Step((name,), (name,) if name in writer.tensors else ()) for name in checkpoint.tensors if name not in inside]
     place = {name: number for number, name in enumerate(checkpoint.tensors)}
     return tuple(sorted(steps, key=lambda step: place[step.reads[0]]))
-
-
-def _prefix(layer: int) -> str:
-    return f"model.layers.{layer}."
-
-
-def _begun(working: Path, resume: bool, overwrite: bool, inputs: dict[str, str]) -> dict[str, Any]:
-    """What an interrupted call noted, empty where there was none; [`UsageError`] where this one cannot go on with it."""
-    path = working / PROGRESS
-    fresh: dict[str, Any] = {"version": VERSION, "inputs": inputs, "read": {}, "written": {}}
-    if not path.exists():
-        return fresh
-    if not resume:
-        if not overwrite:
-            raise UsageError(f"{working} is of an interrupted call: pass --resume to go on with it, or delete it")
-        shutil.rmtree(working)
-        return fresh
-    try:
-        noted = json.loads(path.read_text(encoding="utf-8"))
-        made_from = noted["inputs"] if noted["version"] == VERSION else {}
-        noted["read"].items(), noted["written"].items()
-        differing = [name for name, value in inputs.items() if made_from.get(name) != value]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is not readable, so nothing can be resumed: delete {working}") from error
-    if differing:
-        raise UsageError(f"{working} was begun with another {differing[0]}: give the same one, or delete it to begin anew")
-    return noted
-
-
-def _inputs(folder: Path, checkpoint: Checkpoint, plan: PruningPlan, writer: ShardWriter) -> dict[str, str]:
-    """What a call that goes on must agree in with the one that began."""
-    # times instead of contents: reading all weights once more would cost as much as the work
-    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
-    layout = [(t.name, t.file.name, str(t.dtype), t.shape, t.start) for t in checkpoint.tensors.values()]
-    model = repr((states, layout, (folder / "config.json").read_bytes()))
-    return {
-        "plan": plan.hash(),
-        "model": hashlib.sha256(model.encode()).hexdigest(),
-        "max_shard_size": hashlib.sha256(repr(sorted(writer.files.items())).encode()).hexdigest(),
-    }
 
 
 def _resume(checkpoint: Checkpoint, writer: ShardWriter, begun: dict[str, Any]) -> None:
@@ -266,32 +249,6 @@ def _check_room(working: Path, writer: ShardWriter) -> None:
             f"the pruned weights need {missing / 1e9:.2f} GB more, and {place} has {free / 1e9:.2f} GB left: "
             "make room, or choose another output"
         )
-
-
-def _check_tensors(folder: Path, checkpoint: Checkpoint, expected: Mapping[str, torch.Tensor]) -> None:
-    """Raise [`UsageError`] unless the checkpoint holds what its config asks for."""
-    for name, tensor in expected.items():
-        stored = checkpoint.tensors.get(name)
-        if stored is None:
-            raise UsageError(f"{folder}: config.json asks for {name}, which no shard holds")
-        if stored.shape != tuple(tensor.shape):
-            raise UsageError(f"{stored.file}: {name} is {stored.shape}, config.json makes it {tuple(tensor.shape)}")
-        if stored.dtype not in _FLOATS:
-            raise UsageError(f"{stored.file}: {name} is {stored.dtype}: give the checkpoint with the plain weights")
-
-
-def _dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
-    """What `from_pretrained` loads weights as: what the config says, else what the first by file and name is."""
-    floats = (stored for stored in checkpoint.tensors.values() if stored.dtype in _FLOATS)
-    return config.dtype or min(floats, key=lambda stored: (stored.file, stored.name)).dtype
-
-
-def _skeleton(config: Any) -> PreTrainedModel:
-    """The model of `config` without weights."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def _pruned_skeleton(folder: Path, config: Any, plan: PruningPlan, dtype: torch.dtype) -> PrunedLlamaForCausalLM:
@@ -316,11 +273,6 @@ def _pruned_skeleton(folder: Path, config: Any, plan: PruningPlan, dtype: torch.
             folder, config_file_name="config.json", _from_model_config=True
         )
     return pruned
-
-
-def _expected(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Tensors that a checkpoint of `model` holds, in their order: all but tied ones."""
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
 
 
 def _write_around(

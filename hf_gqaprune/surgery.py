@@ -61,7 +61,7 @@ def prune(
     state = _outer_state(model, inplace)
     for index, kept in enumerate(plan.layers):
         layer = inner.layers[index]
-        moments = _moments(statistics, index) if compensation != "none" else {}
+        moments = moments_of(statistics, index) if compensation != "none" else {}
         new = prune_layer(dict(layer.state_dict()), kept, slices[index], moments, clone=not inplace)
         state |= {f"model.layers.{index}.{name}": tensor for name, tensor in new.items()}
     pruned = assemble(model, pruned_config(model.config, plan), state)
@@ -218,7 +218,8 @@ def _changed(kept: LayerPlan, slices: UnitSlices, kind: str) -> bool:
     return len(kept.query_heads) < len(slices.group_of_query)
 
 
-def _moments(statistics: Statistics | None, layer: int) -> dict[str, Moments]:
+def moments_of(statistics: Statistics | None, layer: int) -> dict[str, Moments]:
+    """`{kind: Moments}` of a layer's blocks that were measured."""
     found = {}
     for kind in OUTPUT_PROJECTION:
         block = statistics.blocks.get((layer, kind)) if statistics else None

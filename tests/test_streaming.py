@@ -404,8 +404,8 @@ def test_requests_that_make_no_sense(tmp_path: Path) -> None:
     dense = tmp_path / "dense"
     plan = plan_for(saved(dense))
     before = contents(tmp_path)
-    with pytest.raises(UsageError, match="least_squares needs both models in memory: load the model and use prune"):
-        prune_checkpoint(dense, plan, tmp_path / "out", compensation="least_squares")
+    with pytest.raises(UsageError, match="natural_gradient needs both models in memory: use prune"):
+        prune_checkpoint(dense, plan, tmp_path / "out", compensation="natural_gradient")
     with pytest.raises(UsageError, match="unknown compensation 'nome' .did you mean 'none'"):
         prune_checkpoint(dense, plan, tmp_path / "out", compensation="nome")
     with pytest.raises(UsageError, match="the plan is for a model of 3 layers, this one has 2"):

@@ -1,0 +1,234 @@
+"""A checkpoint folder goes in; its decoder layers come out one at a time, ready to run, and activations wait on disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .calibration import split_batches
+from .errors import UsageError
+from .shards import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class Layers:
+    """The parts of a Llama or pruned Llama checkpoint, each in memory only while it is used; a context manager.
+
+    Attributes:
+        checkpoint: the tensors on disk.
+        config: of the model.
+        dtype: what weights are loaded as, the same as `from_pretrained(dtype="auto")`.
+    """
+
+    def __init__(self, folder: Path, config: Any) -> None:
+        """Check that `folder` holds what `config` asks for; no weight is read.
+
+        Raises:
+            UsageError: quantized weights, no whole safetensors checkpoint, tensors that are missing or of other shapes.
+        """
+        if getattr(config, "quantization_config", None) is not None:
+            raise UsageError(
+                f"{folder} is quantized, and cutting needs the plain weights: give the checkpoint it was made from"
+            )
+        self.config = config
+        self.checkpoint = Checkpoint(folder)
+        self._skeleton = skeleton(config)
+        _check_tensors(folder, self.checkpoint, self._skeleton)
+        floats = (stored for stored in self.checkpoint.tensors.values() if stored.dtype in FLOATS)
+        # what the config says, else what the first by file and name is
+        self.dtype: torch.dtype = config.dtype or min(floats, key=lambda stored: (stored.file, stored.name)).dtype
+
+    def __enter__(self) -> Layers:
+        self.checkpoint.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.checkpoint.__exit__(*error)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A weight on the CPU."""
+        return self.checkpoint.read(name).to(self.dtype)
+
+    def embedded(self, batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The hidden states `(windows, seq_len, hidden)` of each batch of ids before the first layer."""
+        weight = self.tensor("model.embed_tokens.weight")
+        yield from (F.embedding(ids, weight) for ids in batches)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[Any]:
+        """The decoder layer `index` with its weights, in eval mode, no parameter with a gradient."""
+        layer: Any = self._skeleton.get_decoder().layers[index]
+        prefix = layer_prefix(index)
+        names = [name for name in self.checkpoint.tensors if name.startswith(prefix)]
+        state = {name.removeprefix(prefix): self.tensor(name) for name in names}
+        with placed(layer, state):
+            yield layer
+
+    def head(self) -> tuple[nn.Module, torch.Tensor]:
+        """The last norm, and the weight `(vocabulary, hidden)` of the head."""
+        norm: Any = self._skeleton.get_decoder().norm
+        norm.load_state_dict({"weight": self.tensor("model.norm.weight")}, assign=True)
+        tied = self.config.tie_word_embeddings
+        return norm.requires_grad_(False), self.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
+
+    def surroundings(self, seq_len: int) -> Surroundings:
+        """What a layer needs beside hidden states."""
+        rotary: Any = self._skeleton.get_decoder().rotary_emb
+        return Surroundings(self.config, type(rotary)(config=rotary.config), seq_len, self.dtype)
+
+
+class Surroundings:
+    """Position embeddings and masks for windows of one length, none of them padded."""
+
+    def __init__(self, config: Any, rotary: nn.Module, seq_len: int, dtype: torch.dtype) -> None:
+        device = next(rotary.buffers()).device
+        self.config = config
+        self.positions = torch.arange(seq_len, device=device)[None]
+        self.rope = rotary(torch.empty(0, dtype=dtype, device=device), self.positions)
+
+    def mask(self, hidden: torch.Tensor, config: Any = None) -> torch.Tensor | None:
+        """The causal mask for `hidden`, or None where attention needs none."""
+        from transformers.masking_utils import create_causal_mask
+
+        mask: torch.Tensor | None = create_causal_mask(
+            config=config or self.config,
+            inputs_embeds=hidden,
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=self.positions,
+        )
+        return mask
+
+    def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """A decoder layer's output, `(windows, seq_len, hidden)`."""
+        output: torch.Tensor = layer(
+            hidden,
+            attention_mask=self.mask(hidden),
+            position_embeddings=self.rope,
+            position_ids=self.positions,
+            past_key_values=None,
+            use_cache=False,
+        )
+        return output
+
+
+class Spill:
+    """Named sequences of tensors in a folder, one file per tensor; a sequence that is there is whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, name: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Write a sequence that is not there before `commit`."""
+        from safetensors.torch import save_file
+
+        part = self.folder / f"{name}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for index, tensor in enumerate(tensors):
+            save_file({"tensor": tensor.detach().contiguous()}, part / f"{index:06d}")
+
+    def commit(self, name: str) -> Spilled:
+        """Let a written sequence be there."""
+        self.drop(name)
+        os.rename(self.folder / f"{name}.part", self.folder / name)
+        return Spilled(self, name)
+
+    def keep(self, tensors: Iterable[torch.Tensor]) -> Spilled:
+        """Write a sequence under a name of its own."""
+        taken = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
+        name = str(max(taken, default=-1) + 1)
+        self.write(name, tensors)
+        return self.commit(name)
+
+    def read(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensors of a sequence, each in memory only while it is used."""
+        from safetensors.torch import load_file
+
+        for path in sorted((self.folder / name).iterdir()):
+            yield load_file(path)["tensor"]
+
+    def has(self, name: str) -> bool:
+        """Whether a sequence is there."""
+        return (self.folder / name).is_dir()
+
+    def drop(self, name: str) -> None:
+        """Remove a sequence, if it is there."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def drop_all_but(self, names: Iterable[str]) -> None:
+        """Remove the sequences that `keep` named, but for `names`."""
+        for path in list(self.folder.iterdir()):
+            if path.name.removesuffix(".part").isdigit() and path.name not in names:
+                shutil.rmtree(path)
+
+
+class Spilled(Iterable[torch.Tensor]):
+    """A sequence on disk, read anew each time it is gone through."""
+
+    def __init__(self, spill: Spill, name: str) -> None:
+        self.spill, self.name = spill, name
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self.spill.read(self.name)
+
+
+def batches_of(
+    fitted: torch.Tensor, held_out: torch.Tensor, vocabulary: int
+) -> tuple[list[torch.Tensor], list[bool]]:
+    """Fitted and then held-out batches, and which are held out, as re-fitting takes them."""
+    first, second = (list(split_batches(ids, vocabulary)) for ids in (fitted, held_out))
+    return first + second, [False] * len(first) + [True] * len(second)
+
+
+@contextmanager
+def placed(layer: nn.Module, state: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Give a layer without weights these, in eval mode and without gradients, and take them away again."""
+    layer.load_state_dict(state, assign=True)
+    layer.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        layer.to("meta")
+
+
+def skeleton(config: Any) -> PreTrainedModel:
+    """The model of `config` without weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def expected_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Tensors that a checkpoint of `model` holds, in their order: all but tied ones."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+
+
+def layer_prefix(index: int) -> str:
+    """What the names of a decoder layer's tensors begin with."""
+    return f"model.layers.{index}."
+
+
+def _check_tensors(folder: Path, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Raise [`UsageError`] unless the checkpoint holds what its config asks for."""
+    for name, tensor in expected_tensors(model).items():
+        stored = checkpoint.tensors.get(name)
+        if stored is None:
+            raise UsageError(f"{folder}: config.json asks for {name}, which no shard holds")
+        if stored.shape != tuple(tensor.shape):
+            raise UsageError(f"{stored.file}: {name} is {stored.shape}, config.json makes it {tuple(tensor.shape)}")
+        if stored.dtype not in FLOATS:
+            raise UsageError(f"{stored.file}: {name} is {stored.dtype}: give the checkpoint with the plain weights")

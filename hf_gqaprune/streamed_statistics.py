@@ -1,0 +1,195 @@
+"""A checkpoint on disk and calibration windows go in; a statistics folder comes out, one decoder layer in memory at a time.
+
+The windows go forward through the layers, each layer's inputs are kept on disk, and the loss gradient comes back
+through the layers in turn, each run again from its inputs: per layer the operations of the pass over the whole model.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .calibration import Calibration, split_batches
+from .errors import UsageError, WorkError, unknown
+from .files import new_folder, refuse_existing, write_json
+from .importance import CRITERIA
+from .layerwise import Layers, Spill
+from .measurement import Tap, check_tokens, check_weights, next_token_loss
+from .plan import ModelShape
+from .statistics import KINDS, BlockStatistics, Statistics, save_block
+from .torch_pruning import trace_units
+from .unfinished import PROGRESS, begin, model_state, sha256, working_folder
+
+
+def stream_statistics(
+    model: str | os.PathLike[str],
+    calibration: Calibration,
+    output: str | os.PathLike[str],
+    *,
+    criterion: str = "curvature",
+    seed: int = 0,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> Statistics:
+    """`collect_statistics(model, calibration, criterion=criterion)` without loading the model, bit for bit.
+
+    At its most, memory holds one decoder layer, what it keeps of one batch for the backward pass, and the moments of its
+    blocks; the embeddings or the head once. Inputs and gradients of one layer after the other are on disk, `tokens x
+    hidden` values each: all layers' inputs at the turn of the two passes. They lie in a hidden folder beside `output`.
+
+    Args:
+        model: folder or Hub id of a Llama or pruned Llama checkpoint in safetensors; its files are only read.
+        calibration: the windows.
+        output: the new statistics folder.
+        criterion: a key of `importance.CRITERIA`.
+        seed: for the criterion `random`.
+        overwrite: replace `output`, and without `resume` drop what an interrupted call left.
+        resume: go on after the last layer that an interrupted call with the same arguments finished.
+
+    Returns:
+        The statistics in `output`, whose moments are read when they are asked for.
+
+    Raises:
+        UsageError: as `prune_checkpoint`, and for an unknown criterion.
+        WorkError: a weight, activation or gradient that is not finite, named; what was finished is kept for `resume`.
+    """
+    from .trainer.models import load_config, local_folder
+
+    if criterion not in CRITERIA:
+        raise unknown("criterion", criterion, CRITERIA)
+    target = refuse_existing(output, overwrite)
+    folder = local_folder(os.fspath(model))
+    config = load_config(folder)
+    source = ModelShape.from_config(config)
+    if calibration.ids.shape[1] > config.max_position_embeddings:
+        limit = config.max_position_embeddings
+        raise UsageError(f"windows of {calibration.ids.shape[1]} tokens are longer than the {limit} positions of {folder}")
+    layers = Layers(folder, config)
+    check_tokens(calibration, source)
+    working = working_folder(target)
+    inputs = {
+        "model": model_state(folder, layers.checkpoint),
+        "calibration": sha256(calibration.ids.tolist()),
+        "criterion": f"{criterion} {seed}",
+    }
+    begun = begin(working, resume, overwrite, inputs)
+    working.mkdir(parents=True, exist_ok=True)
+    write_json(working / PROGRESS, begun)
+    with layers:
+        _Pass(layers, source, calibration, criterion, seed, working).run()
+    blocks = {
+        (index, kind): BlockStatistics.open(working, index, kind)
+        for index, shape in enumerate(source.layers)
+        for kind in KINDS
+        if kind not in shape.skip
+    }
+    with new_folder(target, overwrite) as scratch:
+        Statistics(source, criterion, blocks, calibration, seed).save_head(scratch)
+        for path in working.glob("*.safetensors"):
+            os.rename(path, scratch / path.name)
+    shutil.rmtree(working)
+    return Statistics.load(target)
+
+
+class _Pass:
+    """Forward through the layers, and back where the criterion looks at gradients."""
+
+    def __init__(
+        self, layers: Layers, source: ModelShape, calibration: Calibration, criterion: str, seed: int, working: Path
+    ) -> None:
+        self.layers, self.source, self.working, self.seed = layers, source, working, seed
+        self.rule = CRITERIA[criterion]
+        self.backward = self.rule.output_gradients or self.rule.weight_gradients
+        self.batches = list(split_batches(calibration.ids, layers.config.vocab_size))
+        self.surroundings = layers.surroundings(calibration.ids.shape[1])
+        self.slices = trace_units(source.layers)
+        self.spill = Spill(working)
+
+    def run(self) -> None:
+        from tqdm.auto import tqdm
+
+        count = len(self.source.layers)
+        spill = self.spill
+        back = self._first(f"gradient-{index}" for index in range(count + 1))
+        if back is None:
+            done = [index for index in range(count + 1) if spill.has(f"input-{index}")]
+            if not done:
+                spill.write("input-0", self.layers.embedded(self.batches))
+                spill.commit("input-0")
+            for index in tqdm(range(max(done, default=0), count), desc="forward", unit="layer", disable=None, leave=False):
+                self._forward(index)
+            if not self.backward:
+                return
+            spill.write(f"gradient-{count}", self._loss_gradients(count))
+            spill.commit(f"gradient-{count}")
+            back = count
+        for index in tqdm(range(back - 1, -1, -1), desc="backward", unit="layer", disable=None, leave=False):
+            self._back(index)
+
+    def _first(self, names: Iterator[str]) -> int | None:
+        """The place of the first sequence that is there."""
+        return next((index for index, name in enumerate(names) if self.spill.has(name)), None)
+
+    def _forward(self, index: int) -> None:
+        """The inputs of the next layer; without a backward pass also the statistics of this one."""
+        spill = self.spill
+        with self.layers.layer(index) as layer, ExitStack() as stack:
+            taps = [] if self.backward else self._taps(index, layer, stack)
+            with torch.no_grad():
+                outputs = (self.surroundings.run(layer, hidden) for hidden in spill.read(f"input-{index}"))
+                spill.write(f"input-{index + 1}", outputs)
+            self._save(taps)
+        spill.commit(f"input-{index + 1}")
+        if not self.backward:
+            spill.drop(f"input-{index}")
+
+    def _loss_gradients(self, count: int) -> Iterator[torch.Tensor]:
+        """Of the summed next-token loss with respect to what the last layer puts out."""
+        norm, head = self.layers.head()
+        for ids, hidden in zip(self.batches, self.spill.read(f"input-{count}"), strict=True):
+            hidden.requires_grad_(True)
+            next_token_loss(torch.nn.functional.linear(norm(hidden), head), ids).backward()
+            yield _gradient(hidden)
+
+    def _back(self, index: int) -> None:
+        """The statistics of a layer, and the gradient with respect to its inputs."""
+        spill = self.spill
+
+        def gradients() -> Iterator[torch.Tensor]:
+            outer = spill.read(f"gradient-{index + 1}")
+            for hidden, gradient in zip(spill.read(f"input-{index}"), outer, strict=True):
+                hidden.requires_grad_(True)
+                self.surroundings.run(layer, hidden).backward(gradient)
+                yield _gradient(hidden)
+
+        with self.layers.layer(index) as layer, ExitStack() as stack:
+            taps = self._taps(index, layer, stack)
+            spill.write(f"gradient-{index}", gradients())
+            self._save(taps)
+        spill.commit(f"gradient-{index}")
+        for name in (f"gradient-{index + 1}", f"input-{index}"):
+            spill.drop(name)
+
+    def _taps(self, index: int, layer: Any, stack: ExitStack) -> list[Tap]:
+        check_weights({index: layer})
+        taps = [Tap(index, kind, layer, self.slices[index]) for kind in KINDS if kind not in self.source.layers[index].skip]
+        for tap in taps:
+            tap.attach(stack, True, self.rule.output_gradients, self.rule.weight_gradients)
+        return taps
+
+    def _save(self, taps: list[Tap]) -> None:
+        for tap in taps:
+            save_block(tap.statistics(self.rule, self.seed), self.working)
+            tap.release()
+
+
+def _gradient(hidden: torch.Tensor) -> torch.Tensor:
+    if hidden.grad is None:
+        raise WorkError("no gradient reaches the hidden states")
+    return hidden.grad

@@ -1,0 +1,64 @@
+"""What an interrupted call leaves, and whether the next one may go on with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError
+from .shards import Checkpoint
+
+PROGRESS = "progress.json"
+VERSION = 1
+
+
+def working_folder(target: Path) -> Path:
+    """Where the parts of `target` lie until it is whole."""
+    return target.parent / f".{target.name}.unfinished"
+
+
+def begin(
+    working: Path, resume: bool, overwrite: bool, inputs: dict[str, str], notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What an interrupted call noted: `version`, `inputs` and a dictionary for each of `notes`, empty without such a call.
+
+    Raises:
+        UsageError: there was one, and this call is not told to go on with it or was given other `inputs`.
+    """
+    path = working / PROGRESS
+    fresh: dict[str, Any] = {"version": VERSION, "inputs": inputs, **{name: {} for name in notes}}
+    if not path.exists():
+        return fresh
+    if not resume:
+        if not overwrite:
+            raise UsageError(f"{working} is of an interrupted call: pass --resume to go on with it, or delete it")
+        shutil.rmtree(working)
+        return fresh
+    try:
+        noted: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        made_from = noted["inputs"] if noted["version"] == VERSION else {}
+        for name in notes:
+            noted[name].items()
+        differing = [name for name, value in inputs.items() if made_from.get(name) != value]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is not readable, so nothing can be resumed: delete {working}") from error
+    if differing:
+        raise UsageError(f"{working} was begun with another {differing[0]}: give the same one, or delete it to begin anew")
+    return noted
+
+
+def model_state(folder: Path, checkpoint: Checkpoint) -> str:
+    """Changes with the files of a checkpoint."""
+    # times instead of contents: reading all weights once more would cost as much as the work
+    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
+    layout = [(t.name, t.file.name, str(t.dtype), t.shape, t.start) for t in checkpoint.tensors.values()]
+    return sha256((states, layout, (folder / "config.json").read_bytes()))
+
+
+def sha256(value: Any) -> str:
+    """Of what `repr` makes of it, hex."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()
