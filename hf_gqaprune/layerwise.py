@@ -103,11 +103,8 @@ class Surroundings:
         from transformers.masking_utils import create_causal_mask
 
         mask: torch.Tensor | None = create_causal_mask(
-            config=config or self.config,
-            inputs_embeds=hidden,
-            attention_mask=None,
-            past_key_values=None,
-            position_ids=self.positions,
+            # no attention mask and no cache, whose name differs between versions of transformers
+            config or self.config, hidden, None, None, position_ids=self.positions
         )
         return mask
 
@@ -118,7 +115,6 @@ class Surroundings:
             attention_mask=self.mask(hidden),
             position_embeddings=self.rope,
             position_ids=self.positions,
-            past_key_values=None,
             use_cache=False,
         )
         return output

@@ -2,11 +2,12 @@
 
 import json
 import os
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -59,27 +60,14 @@ class PrunedLlamaDecoderLayer(GradientCheckpointingLayer):
             self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> torch.Tensor:
+        # the cache is among kwargs, under the name that the installed transformers gives it
         if self.self_attn is not None:
-            residual = hidden_states
-            hidden_states, _ = self.self_attn(
-                hidden_states=self.input_layernorm(hidden_states),
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                position_embeddings=position_embeddings,
-                **kwargs,
+            attended, _ = self.self_attn(
+                hidden_states=self.input_layernorm(hidden_states), attention_mask=attention_mask, **kwargs
             )
-            hidden_states = residual + hidden_states
+            hidden_states = hidden_states + attended
         if self.mlp is not None:
             hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states
@@ -159,28 +147,13 @@ class PrunedLlamaModel(PrunedLlamaPreTrainedModel, LlamaModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
-        if isinstance(past_key_values, DynamicCache) and not past_key_values.layers:
-            # made without a config, it would take its length from layer 0, which may have no attention
-            past_key_values.layers = DynamicCache(config=self.config).layers
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+    @wraps(LlamaModel.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        for cache in (*args, *kwargs.values()):
+            if isinstance(cache, DynamicCache) and not cache.layers:
+                # made without a config, it would take its length from layer 0, which may have no attention
+                cache.layers = DynamicCache(config=self.config).layers
+        return super().forward(*args, **kwargs)
 
 
 class PrunedLlamaForCausalLM(PrunedLlamaPreTrainedModel, LlamaForCausalLM):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -32,6 +33,8 @@ SIZES: dict[str, Any] = {
 UNEVEN = {"1": {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 10}, "3": {"skip": ["mlp"]}}
 #: no attention in the first layer: a cache must not take its length from there
 HEADLESS = UNEVEN | {"0": {"skip": ["attention"]}}
+#: what the installed transformers calls a cache: the name changed in 5.24
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 BOTH = pytest.mark.parametrize("layers", [UNEVEN, HEADLESS], ids=["uneven", "headless"])
 
 
@@ -166,7 +169,7 @@ def test_a_cache_changes_nothing(layers: Any, implementation: str, kind: str) ->
     with torch.no_grad():
         whole = lm(ids, use_cache=False).logits
         chunks = [ids[:, :5], ids[:, 5:9], ids[:, 9:10], ids[:, 10:11], ids[:, 11:]]
-        pieces = [lm(chunk, past_key_values=cache, use_cache=True).logits for chunk in chunks]
+        pieces = [lm(chunk, **{CACHE: cache}, use_cache=True).logits for chunk in chunks]
     assert cache.get_seq_length() == 12
     assert torch.allclose(torch.cat(pieces, dim=1), whole, atol=1e-5 * float(whole.abs().max()), rtol=0)
 
@@ -176,14 +179,17 @@ def test_a_cache_that_was_made_without_a_config_changes_nothing(layers: Any) -> 
     lm, ids, cache = model(layers), token_ids(2, 12), DynamicCache()
     with torch.no_grad():
         whole = lm(ids, use_cache=False).logits
-        pieces = [lm(chunk, past_key_values=cache, use_cache=True).logits for chunk in ids.split([5, 6, 1], dim=1)]
+        pieces = [lm(chunk, **{CACHE: cache}, use_cache=True).logits for chunk in ids.split([5, 6, 1], dim=1)]
+        # the fourth positional argument of a Llama is the cache, too
+        unnamed = lm.lm_head(lm.model(ids, None, None, DynamicCache())[0])
     assert cache.get_seq_length() == 12
+    assert torch.allclose(unnamed, whole, atol=1e-5 * float(whole.abs().max()), rtol=0)
     assert torch.allclose(torch.cat(pieces, dim=1), whole, atol=1e-5 * float(whole.abs().max()), rtol=0)
 
 
 def test_a_cache_holds_what_each_layer_needs() -> None:
     lm = model(HEADLESS)
-    cache = lm(token_ids(2, 12), use_cache=True).past_key_values
+    cache = lm(token_ids(2, 12), use_cache=True)[CACHE]
     assert [None if layer.keys is None else tuple(layer.keys.shape) for layer in cache.layers[1:]] == [
         (2, kv_heads, 12, 16) for kv_heads in (1, 3, 3)
     ]
@@ -360,5 +366,5 @@ def test_compiled_without_a_graph_break() -> None:
     with torch.no_grad():
         expected = lm(ids, use_cache=False).logits
         assert torch.allclose(compiled(ids, use_cache=False).logits, expected, atol=1e-5)
-        pieces = [compiled(chunk, past_key_values=cache).logits for chunk in (ids[:, :9], ids[:, 9:])]
+        pieces = [compiled(chunk, **{CACHE: cache}).logits for chunk in (ids[:, :9], ids[:, 9:])]
     assert torch.allclose(torch.cat(pieces, dim=1), expected, atol=1e-5)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layerwise import Surroundings
+
 #: what a block is fitted with unless said otherwise
 LEARNING_RATE = 3e-3
 EPOCHS = 4
@@ -73,7 +75,7 @@ class _Walk:
         self.rows = rows
         self.windows = len(ids)
         self.dtype = self.decoder.embed_tokens.weight.dtype
-        self.positions = torch.arange(ids.shape[1], device=self.device)[None]
+        self.surroundings = Surroundings(dense.config, self.dense_decoder.rotary_emb, ids.shape[1], self.dtype)
         with torch.no_grad():
             self.stream = self._map(lambda part: self.decoder.embed_tokens(part), ids)
             self.target = self._map(lambda part: self.dense_decoder.embed_tokens(part), ids)
@@ -146,17 +148,9 @@ class _Walk:
             return lambda hidden: hidden + block(normalise(hidden))
 
         def attend(hidden: torch.Tensor) -> torch.Tensor:
-            from transformers.masking_utils import create_causal_mask
-
-            mask = create_causal_mask(
-                config=decoder.config,
-                inputs_embeds=hidden,
-                attention_mask=None,
-                past_key_values=None,
-                position_ids=self.positions,
-            )
-            rope = decoder.rotary_emb(hidden, self.positions)
-            return hidden + block(normalise(hidden), position_embeddings=rope, attention_mask=mask)[0]
+            mask = self.surroundings.mask(hidden, decoder.config)
+            attended = block(normalise(hidden), position_embeddings=self.surroundings.rope, attention_mask=mask)
+            return hidden + attended[0]
 
         return attend
 
