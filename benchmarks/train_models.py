@@ -37,7 +37,7 @@ class Shape:
 
 
 SHAPES = {
-    "deep": Shape(hidden=128, layers=10, heads=16, kv_heads=8, head_dim=8, ffn=352, tokens=6_000_000),
+    "deep": Shape(hidden=128, layers=10, heads=8, kv_heads=4, head_dim=16, ffn=352, tokens=3_000_000),
     "wide": Shape(hidden=96, layers=4, heads=24, kv_heads=4, head_dim=8, ffn=288, tokens=10_000_000),
 }
 

@@ -5,8 +5,9 @@ Layer-wise re-fitting matches activations. These steps look at what those are fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,18 +50,20 @@ def natural_gradient_steps(model: Any, pruned: Any, calibration: Calibration) ->
     """
     if not len(calibration.held_out):
         return []
-    best = _divergence(model, pruned, calibration.held_out)
-    if not best:
-        return []  # they predict the same
+    held_out = Predictions.of(model, calibration.held_out)
+    best = _divergence(held_out, pruned)
     taps = output_taps(pruned)
+    if not best or not taps:
+        return []  # they predict the same, or nothing can move
+    fitted = Predictions.of(model, calibration.fitted)
     lengths: list[float] = []
-    for _ in range(_STEPS if taps else 0):
-        _measure(model, pruned, calibration, taps)
+    for _ in range(_STEPS):
+        _measure(fitted, pruned, calibration.seed, taps)
         step = _Step(taps)
 
         def divergence(length: float, step: _Step = step) -> float:
             step.take(length)
-            return _divergence(model, pruned, calibration.held_out)
+            return _divergence(held_out, pruned)
 
         best, length = _line_search(divergence, best, lengths[-1] if lengths else _FIRST_STEP)
         step.take(length)
@@ -87,6 +90,43 @@ def _line_search(divergence: Callable[[float], float], best: float, first: float
         if tried < _FIRST_STEP:
             break
     return best, length
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the dense model predicts of the windows of this process, gone through as often as needed.
+
+    Its last hidden states are kept, `tokens x hidden_size` values on the CPU, and only its head is applied anew.
+
+    Attributes:
+        batches: int64 `(windows, seq_len)` each.
+        hidden: `(windows, seq_len, hidden_size)` each.
+        head: from hidden states to logits.
+        tokens: of all processes.
+    """
+
+    batches: list[torch.Tensor]
+    hidden: list[torch.Tensor]
+    head: nn.Module
+    tokens: int
+
+    @staticmethod
+    @torch.no_grad()
+    def of(model: Any, windows: torch.Tensor) -> Predictions:
+        """Run the dense model over int64 `(samples, seq_len)` once."""
+        batches = list(split_batches(ranks.share(windows), model.config.vocab_size))
+        device = model.get_input_embeddings().weight.device
+        decoder = model.get_decoder()
+        hidden = [decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state.cpu() for ids in batches]
+        return Predictions(batches, hidden, model.get_output_embeddings(), windows.numel())
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Ids and float32 log probabilities `(windows, seq_len, vocabulary)` of each batch."""
+        device = self.head.weight.device
+        for ids, hidden in zip(self.batches, self.hidden, strict=True):
+            with torch.no_grad():
+                log_probs = self.head(hidden.to(device)).float().log_softmax(-1)
+            yield ids.to(device), log_probs
 
 
 class _Step:
@@ -166,21 +206,20 @@ def output_taps(pruned: Any) -> list[_Tap]:
     ]
 
 
-def _measure(model: Any, pruned: Any, calibration: Calibration, taps: list[_Tap]) -> None:
-    """One pass of both models over the fitted windows; the pruned one goes back once, the first time twice."""
+def _measure(fitted: Predictions, pruned: Any, seed: int, taps: list[_Tap]) -> None:
+    """One pass of the pruned model over the fitted windows; it goes back once, the first time twice."""
     from tqdm.auto import tqdm
 
-    generator = torch.Generator().manual_seed(calibration.seed + ranks.index())
+    generator = torch.Generator().manual_seed(seed + ranks.index())
     device = pruned.get_input_embeddings().weight.device
-    batches = list(split_batches(ranks.share(calibration.fitted), model.config.vocab_size))
     with ExitStack() as stack:
         stack.enter_context(frozen(pruned))
         for tap in taps:
             tap.begin()
             tap.attach(stack)
-        for ids in tqdm(batches, desc="correcting", unit="batch", disable=None, leave=False):
-            ids = ids.to(device)
-            wanted = _log_probs(model, ids).exp()
+        bar = tqdm(fitted, total=len(fitted.batches), desc="correcting", unit="batch", disable=None, leave=False)
+        for ids, log_probs in bar:
+            wanted = log_probs.exp()
             embeds = pruned.get_input_embeddings()(ids).detach().requires_grad_(True)
             given = pruned(inputs_embeds=embeds, use_cache=False).logits.float().log_softmax(-1)
             for tap in taps:
@@ -198,23 +237,16 @@ def _measure(model: Any, pruned: Any, calibration: Calibration, taps: list[_Tap]
 
 
 @torch.no_grad()
-def _divergence(model: Any, pruned: Any, windows: torch.Tensor) -> float:
+def _divergence(held_out: Predictions, pruned: Any) -> float:
     """KL(dense || pruned) in nats per token, over the windows of all processes."""
-    device = pruned.get_input_embeddings().weight.device
     total = 0.0
-    for ids in split_batches(ranks.share(windows), model.config.vocab_size):
-        wanted, given = _log_probs(model, ids.to(device)), _log_probs(pruned, ids.to(device))
+    for ids, wanted in held_out:
+        given = pruned(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
         total += float((wanted.exp() * (wanted - given)).sum(dtype=torch.float64))
     total = ranks.added_up(total, pruned.get_input_embeddings().weight)
     if total != total:
         raise WorkError("the divergence of the pruned model from the dense one is not a number: activations overflow")
-    return total / windows.numel()
-
-
-@torch.no_grad()
-def _log_probs(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """float32 `(windows, seq_len, vocabulary)`."""
-    return model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+    return total / held_out.tokens
 
 
 def _factor(total: torch.Tensor, tokens: int) -> torch.Tensor:

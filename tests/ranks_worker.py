@@ -10,7 +10,7 @@ import torch.distributed as dist
 from tiny import tiny_llama, token_ids
 
 from hf_gqaprune import Calibration, Statistics, collect_statistics, make_plan, prune
-from hf_gqaprune.correction import _divergence
+from hf_gqaprune.correction import Predictions, _divergence
 from hf_gqaprune.reconstruction import refit_on_pruned_prefix
 
 CRITERIA = ("curvature", "taylor", "flap")
@@ -39,7 +39,7 @@ def main() -> None:
     plain = prune(model, plan, Statistics(plan.source, "curvature", alone["curvature"].blocks))
     refitted = copy.deepcopy(plain)
     refit_on_pruned_prefix(model, refitted, calibration)
-    before = _divergence(model, refitted, calibration.held_out)
+    before = _divergence(Predictions.of(model, calibration.held_out), refitted)
 
     dist.init_process_group("gloo")
     assert dist.get_world_size() == 2
@@ -55,7 +55,7 @@ def main() -> None:
         first = parameter.detach().clone()
         dist.broadcast(first, 0)
         assert torch.equal(first, parameter), name
-    after = _divergence(model, pruned, calibration.held_out)
+    after = _divergence(Predictions.of(model, calibration.held_out), pruned)
     assert after < before
     # one window: a process without any still takes part
     few = Calibration.from_ids(token_ids(1, 12))

@@ -6,7 +6,7 @@ from tiny import tiny_llama
 from torch.nn import functional as F
 
 import hf_gqaprune as gp
-from hf_gqaprune.correction import _line_search, _measure, natural_gradient_steps, output_taps
+from hf_gqaprune.correction import Predictions, _line_search, _measure, natural_gradient_steps, output_taps
 from hf_gqaprune.plan import LayerPlan, PruningPlan
 
 
@@ -37,7 +37,7 @@ def _weights(model):
 def test_the_slope_is_the_gradient_of_the_divergence(models):
     model, pruned, calibration = models
     taps = output_taps(pruned)
-    _measure(model, pruned, calibration, taps)
+    _measure(Predictions.of(model, calibration.fitted), pruned, 0, taps)
     ids = calibration.fitted
     with torch.no_grad():
         wanted = model(ids).logits.log_softmax(-1)
@@ -50,10 +50,19 @@ def test_the_slope_is_the_gradient_of_the_divergence(models):
         assert tap.tokens == ids.numel()
 
 
+def test_predictions_are_those_of_the_model_bit_for_bit(models):
+    model, _, calibration = models
+    predictions = Predictions.of(model, calibration.held_out)
+    for _ in range(2):
+        ids, log_probs = (torch.cat(parts) for parts in zip(*predictions, strict=True))
+        assert torch.equal(ids, calibration.held_out)
+        assert torch.equal(log_probs, model(ids).logits.log_softmax(-1))
+
+
 def test_the_direction_solves_both_sides(models):
     model, pruned, calibration = models
     taps = output_taps(pruned)
-    _measure(model, pruned, calibration, taps)
+    _measure(Predictions.of(model, calibration.fitted), pruned, 0, taps)
     for tap in taps:
         def ridged(total, tokens=tap.tokens):
             mean = total.double() / tokens
@@ -113,9 +122,9 @@ def test_half_precision_keeps_its_dtype(models):
 def test_a_second_pass_measures_the_slope_anew_and_keeps_the_curvature(models):
     model, pruned, calibration = models
     taps = output_taps(pruned)
-    _measure(model, pruned, calibration, taps)
+    _measure(Predictions.of(model, calibration.fitted), pruned, 0, taps)
     first = [(tap.direction(), tap.slope.clone(), tap.inputs.clone(), tap.outputs.clone()) for tap in taps]
-    _measure(model, pruned, calibration, taps)
+    _measure(Predictions.of(model, calibration.fitted), pruned, 0, taps)
     for tap, (direction, slope, inputs, outputs) in zip(taps, first, strict=True):
         assert torch.equal(tap.slope, slope) and torch.equal(tap.direction(), direction)
         assert torch.equal(tap.inputs, inputs) and torch.equal(tap.outputs, outputs)
