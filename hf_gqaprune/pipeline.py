@@ -341,6 +341,7 @@ def _recovery(recipe: Recipe, recover: RecoverRecipe) -> dict[str, Any]:
         "teacher": recipe.model if recover.distill else None,
         "evaluation": recipe.evaluate.data,
         **{name: value for name, value in given.items() if value is not None},
+        **recover.settings,
     }
 
 

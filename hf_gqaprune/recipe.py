@@ -14,6 +14,7 @@ import yaml
 
 from .configuration import builtin
 from .errors import UsageError, unknown
+from .trainer.presets import Settings
 
 T = TypeVar("T")
 
@@ -53,13 +54,19 @@ class PruneRecipe:
 
 @dataclass(frozen=True)
 class RecoverRecipe:
-    """Training after pruning (`split="train"` of named datasets); `recover: null` in a recipe leaves it out."""
+    """Training after pruning (`split="train"` of named datasets); `recover: null` in a recipe leaves it out.
+
+    Attributes:
+        distill: the dense model is the teacher.
+        settings: other fields of `trainer.presets.Settings`, which a recipe names beside these: `recover.rank`.
+    """
 
     data: tuple[str, ...] = ("wikitext2",)
     preset: str = "default"
     max_tokens: int | None = None
     seq_len: int | None = None
     distill: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,8 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str = "recipe") -> Recipe:
         """A recipe from nested mappings; `source` names the origin in error messages."""
+        if isinstance(data.get("recover"), Mapping):
+            data = {**data, "recover": _with_settings(data["recover"], source)}
         recipe = _build(cls, data, "", source)
         chosen = [name for name in _RATIOS if getattr(recipe.prune, name) is not None]
         if len(chosen) != 1:
@@ -128,7 +137,10 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dicts and lists, in the order of the fields, defaults included."""
-        return _plain(asdict(self))
+        data = _plain(asdict(self))
+        if self.recover is not None:
+            data["recover"] |= data["recover"].pop("settings")
+        return data
 
     def to_yaml(self) -> str:
         """YAML that `Recipe.load` reads back to an equal recipe."""
@@ -187,16 +199,22 @@ def description(name: str) -> str:
     return read_source(name).splitlines()[0].removeprefix("#").strip()
 
 
-def _override(data: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value` in `data`; the value is YAML."""
-    path, separator, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not separator or not all(keys):
-        raise UsageError(f"--set {override}: write it as KEY=VALUE, such as prune.ratio=0.25")
+def assignment(override: str, example: str) -> tuple[str, Any]:
+    """Key and value of one `--set KEY=VALUE`; the value is YAML. `example` is shown where it is not written like that."""
+    key, separator, text = override.partition("=")
+    key = key.strip()
+    if not separator or not all(key.split(".")):
+        raise UsageError(f"--set {override}: write it as KEY=VALUE, such as {example}")
     try:
-        value = yaml.safe_load(text)
+        return key, yaml.safe_load(text)
     except yaml.YAMLError:
         raise UsageError(f"--set {override}: {text!r} is not a YAML value") from None
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value` in `data`."""
+    path, value = assignment(override, "prune.ratio=0.25")
+    keys = path.split(".")
     node = data
     for key in keys[:-1]:
         child = node.get(key)
@@ -204,6 +222,17 @@ def _override(data: dict[str, Any], override: str) -> None:
     node[keys[-1]] = value
     if keys[:-1] == ["prune"] and keys[-1] in _RATIOS:
         node.update({name: None for name in _RATIOS if name != keys[-1]})
+
+
+def _with_settings(recover: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """`recover` of a recipe with the keys that are fields of `Settings` put under `settings`."""
+    own = [f.name for f in fields(RecoverRecipe) if f.name != "settings"]
+    known = list(dict.fromkeys([*own, *(f.name for f in fields(Settings))]))
+    for key in recover:
+        if key not in known:
+            raise unknown(f"key in recipe {source}:", f"recover.{key}", [f"recover.{name}" for name in known])
+    settings = {key: value for key, value in recover.items() if key not in own}
+    return {**{key: value for key, value in recover.items() if key in own}, "settings": settings}
 
 
 def _build(kind: type[T], data: object, prefix: str, source: str) -> T:
@@ -235,6 +264,8 @@ def _value(hint: Any, value: object, key: str, source: str) -> Any:
         items = value if isinstance(value, list) else [value]
         if all(isinstance(item, item_type) and not isinstance(item, bool) for item in items):
             return tuple(items)
+    elif typing.get_origin(wanted) is dict:
+        return value
     elif wanted is float:
         number = _number(value)
         if number is not None:

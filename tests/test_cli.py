@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,58 @@ def test_evaluation_and_recovery_check_before_they_load(capsys, tmp_path, model,
         line = [verb, tmp_path / "config", "--data", text]
         assert "holds no weights" in refused(capsys, *line, *(["-o", tmp_path / "out"] if verb == "recover" else []))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("rnak=4", "unknown recovery setting 'rnak' (did you mean 'rank'?)"),
+        ("rank", "--set rank: write it as KEY=VALUE, such as rank=16"),
+        ("rank=[", "'[' is not a YAML value"),
+        ("rank=0", "rank=0 must be a whole number from 1"),
+        ("seed=3", "unknown recovery setting 'seed'"),
+        ("seq_len=64", "--set seq_len=64: --seq-len 32 is given already"),
+        ("quantize=4bit", "quantize=4bit needs bitsandbytes: pip install bitsandbytes"),
+        ("distillation=0.5", "pass --teacher"),
+        ("split=test", "never trains"),
+    ],
+)
+def test_settings_of_recovery_that_make_no_sense(capsys, tmp_path, model, text, override, said):
+    line = ["recover", model, "--data", text, "--seq-len", "32", "-o", tmp_path / "out", "--set", override]
+    assert said in refused(capsys, *line)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.training").exists()
+
+
+def test_help_of_recovery_tells_every_setting(capsys):
+    from hf_gqaprune.trainer.presets import Settings
+
+    with pytest.raises(SystemExit):
+        main(["recover", "--help"])
+    told = capsys.readouterr().out
+    described = told.partition("settings of --set:")[2]
+    names = set(re.findall(r"\w+", ",".join(re.findall(r"^    ([\w, ]+):", described, re.MULTILINE))))
+    assert set(Settings.__dataclass_fields__) <= names
+    assert "max_tokens=2000000" in described and "fsdp2" in told
+
+
+def test_recover_and_merge(capsys, tmp_path, model, text):
+    out, again = tmp_path / "out", tmp_path / "again"
+    changes = ["rank=2", "learning_rate=1e-3", "batch_tokens=256", "held_out_tokens=0"]
+    line = ["recover", str(model), "--data", str(text), "--seq-len", "32", "--max-tokens", "512", "-o", str(out)]
+    assert main([*line, *(word for change in changes for word in ("--set", change))]) == 0
+    settings = json.loads((out / "training_log.json").read_text())["settings"]
+    assert (settings["rank"], settings["learning_rate"], settings["max_tokens"]) == (2, 1e-3, 512)
+    # the base has moved
+    elsewhere = model.rename(tmp_path / "elsewhere")
+    assert "name it with --base" in refused(capsys, "merge", out / "adapter", "-o", again)
+    assert main(["merge", str(out / "adapter"), "--base", str(elsewhere), "-o", str(again)]) == 0
+    assert identity.fingerprint(again) == identity.fingerprint(out)
+    assert "no adapter in" in refused(capsys, "merge", tmp_path / "gone", "-o", tmp_path / "three")
+    assert "was trained on weights" in refused(capsys, "merge", out / "adapter", "--base", out, "-o", tmp_path / "three")
+    # what will be evaluated on never trains
+    line[1] = str(elsewhere)
+    assert "never trains" in refused(capsys, *line[:-1], tmp_path / "three", "--evaluation", text)
+    assert not (tmp_path / "three").exists()
 
 
 def test_a_failure_shows_its_traceback_only_when_asked(capsys, tmp_path):

@@ -51,7 +51,7 @@ def stages_of(told: str) -> dict[str, str]:
 
 
 def test_the_whole_way_and_back(capsys, tmp_path, recipe):
-    recovery = f"recover={{data: [{tmp_path}/train.txt], seq_len: 32, max_tokens: 1024}}"
+    recovery = f"recover={{data: [{tmp_path}/train.txt], seq_len: 32, max_tokens: 1024, rank: 2}}"
     assert main(["run", str(recipe), "--set", recovery]) == 0
     told = capsys.readouterr().out
     assert stages_of(told) == {"pruned": "working", "recovered": "working", "report.json": "working"}
@@ -140,6 +140,7 @@ def test_a_finished_run_is_replaced_only_by_one_that_makes_sense(capsys, tmp_pat
         ("recover={{data: [gone.txt]}}", "gone.txt"),
         ("recover={{data: [{short}]}}", "fewer than one window"),
         ("recover={{data: [{train}], preset: defalt}}", "'default'"),
+        ("recover={{data: [{train}], seq_len: 32, rank: 0}}", "rank=0 must be a whole number from 1"),
         ("recover={{data: [{test}], seq_len: 32}}", "evaluation"),
     ],
 )

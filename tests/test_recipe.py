@@ -35,9 +35,19 @@ def test_overrides_are_typed_and_the_two_ratios_exclude_each_other(recipe_file):
     assert Recipe.load(recipe_file, ["prune.keep_layers=2"]).prune.keep_layers == (2,)
 
 
+def test_recovery_takes_any_setting_beside_its_own_keys(recipe_file, tmp_path):
+    recipe = Recipe.load(recipe_file, ["recover.rank=16", "recover.learning_rate=1e-4", "recover.preset=alpaca"])
+    assert (recipe.recover.preset, recipe.recover.settings) == ("alpaca", {"rank": 16, "learning_rate": "1e-4"})
+    assert recipe.to_dict()["recover"] | {"rank": 16} == recipe.to_dict()["recover"]
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert Recipe.load(tmp_path / "again.yaml") == recipe
+
+
 @pytest.mark.parametrize(
     "override, said",
     [
+        ("recover.rnak=16", "'recover.rnak' .did you mean 'recover.rank'"),
+        ("recover.settings={rank: 16}", "unknown key .* 'recover.settings'"),
         ("prune.ratoi=0.2", "prune.ratio"),
         ("sed=1", "seed"),
         ("seed=one", "a whole number"),

@@ -350,6 +350,12 @@ def test_early_stopping_keeps_the_best_weights(dense: Path, text: str, tmp_path:
     ("changes", "message"),
     [
         ({"preset": "defualt"}, r"unknown preset 'defualt' \(did you mean 'default'\?\)"),
+        ({"schedule": "cosin"}, r"unknown schedule 'cosin' \(did you mean 'cosine'\?\)"),
+        ({"packing": "no"}, "packing='no' must be true or false"),
+        ({"learning_rate": "fast"}, "learning_rate='fast' must be positive and finite"),
+        ({"report_to": "tensorbord"}, r"unknown tracker in report_to: 'tensorbord' \(did you mean 'tensorboard'\?\)"),
+        ({"report_to": ["mlflow"]}, "report_to=mlflow needs mlflow: pip install mlflow"),
+        ({"split": "train+test"}, "split=train\\+test is for evaluation and never trains"),
         ({"rnak": 4}, r"unknown recovery setting 'rnak' \(did you mean 'rank'\?\)"),
         ({"rank": 0}, "rank=0 must be a whole number from 1"),
         ({"learning_rate": -1}, "learning_rate=-1 must be positive and finite"),
@@ -379,6 +385,17 @@ def test_bad_requests_are_refused_in_one_line(
         recover(arguments.pop("model"), arguments.pop("data"), arguments.pop("output"), **arguments)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.training").exists()
+
+
+def test_every_schedule_is_one_of_transformers() -> None:
+    from torch.optim import AdamW
+    from transformers import get_scheduler
+
+    from hf_gqaprune.trainer.presets import SCHEDULES
+
+    optimizer = AdamW([torch.nn.Parameter(torch.ones(1))])
+    for name in SCHEDULES:
+        get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=10)
 
 
 def test_an_output_that_exists_is_refused_before_any_work(dense: Path, text: str, tmp_path: Path) -> None:

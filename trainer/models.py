@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import UsageError, unknown
 from .presets import Settings
 
 if TYPE_CHECKING:
@@ -122,6 +122,19 @@ def quantization(settings: Settings) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+
+
+def check_trackers(settings: Settings) -> None:
+    """Raise [`UsageError`] for a tracker in `report_to` that transformers does not know or that is not installed."""
+    if not settings.report_to:
+        return
+    from transformers.integrations import integration_utils
+
+    for name in settings.report_to:
+        if name not in integration_utils.INTEGRATION_TO_CALLBACK:
+            raise unknown("tracker in report_to:", name, integration_utils.INTEGRATION_TO_CALLBACK)
+        if name not in integration_utils.get_available_reporting_integrations():
+            raise UsageError(f"report_to={name} needs {name}: pip install {name}")
 
 
 def lora_targets(model: PreTrainedModel) -> list[str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -10,6 +13,11 @@ from typing import Any
 from ..errors import UsageError, unknown
 
 METHODS = ("lora", "full")
+#: schedules of transformers that need no options of their own
+SCHEDULES = (
+    *("cosine", "linear", "constant", "constant_with_warmup"),
+    *("cosine_with_restarts", "polynomial", "inverse_sqrt"),
+)
 
 
 def _at_least(name: str, value: Any, least: int, optional: bool = False) -> None:
@@ -26,6 +34,11 @@ def _between(name: str, value: Any, low: float, high: float, closed: bool = Fals
         raise UsageError(f"{name}={value!r} must be {bounds}")
 
 
+def _flag(name: str, value: Any, optional: bool = False) -> None:
+    if not (isinstance(value, bool) or (value is None and optional)):
+        raise UsageError(f"{name}={value!r} must be true or false")
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides what a recovery does, apart from model, data and seed.
@@ -35,7 +48,8 @@ class Settings:
         rank, alpha, dropout, rslora, dora: of the LoRA adapter, as in `peft.LoraConfig`.
         quantize: `4bit` loads the base quantized (QLoRA, needs bitsandbytes); the merge uses the weights as they are.
         learning_rate: of AdamW; None: `1 / hidden_size` for LoRA with alpha = rank, a fifth of it for all weights.
-        schedule, warmup, weight_decay, max_grad_norm: of AdamW; `warmup` is a fraction of the steps.
+        schedule, warmup, weight_decay, max_grad_norm: of AdamW; `warmup` is a fraction of the steps, `schedule` one of
+            cosine, linear, constant, constant_with_warmup, cosine_with_restarts, polynomial, inverse_sqrt.
         epochs: passes over the training rows.
         max_tokens: training tokens of one epoch, repeating the data if it is shorter; None: all there are.
         seq_len: tokens per row, BOS included; None: `min(2048, max_position_embeddings)`.
@@ -92,14 +106,15 @@ class Settings:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Settings:
-        """Settings from plain values; what is not named has its default. Raises [`UsageError`] for an unknown name."""
+        """Settings from plain values, as YAML gives them; what is not named has its default.
+
+        Raises:
+            UsageError: for an unknown name, or a value that makes no sense.
+        """
         for name in values:
             if name not in Settings.__dataclass_fields__:
                 raise unknown("recovery setting", name, Settings.__dataclass_fields__)
-        given: dict[str, Any] = dict(values)
-        if "report_to" in given:
-            given["report_to"] = tuple(given["report_to"])
-        return Settings(**given)
+        return Settings(**{name: _value(name, value) for name, value in values.items()})
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -120,14 +135,35 @@ class Settings:
             _between(name, getattr(self, name), 0, math.inf)
         if self.learning_rate is not None:
             _between("learning_rate", self.learning_rate, 0, math.inf)
+        if self.weight_decay != 0:
+            _between("weight_decay", self.weight_decay, 0, math.inf)
         for name in ("dropout", "warmup", "distillation"):
             _between(name, getattr(self, name), 0, 1, closed=True)
+        for name in ("rslora", "dora", "packing", "streaming", "teacher_cache"):
+            _flag(name, getattr(self, name))
+        _flag("activation_checkpointing", self.activation_checkpointing, optional=True)
+        if self.schedule not in SCHEDULES:
+            raise unknown("schedule", self.schedule, SCHEDULES)
         if self.patience is not None and not self.held_out_tokens:
             raise UsageError("patience needs text to measure on: held_out_tokens is 0")
         if self.streaming and self.max_tokens is None:
             raise UsageError("streaming needs an end: set max_tokens")
-        if self.split.startswith(("test", "eval")):
+        if not isinstance(self.split, str):
+            raise UsageError(f"split={self.split!r} must be the name of a split")
+        if any(part.strip().startswith(("test", "eval")) for part in self.split.split("+")):
             raise UsageError(f"split={self.split} is for evaluation and never trains: use train")
+
+
+def _value(name: str, value: Any) -> Any:
+    if name == "report_to":
+        return (value,) if isinstance(value, str) else tuple(value or ())
+    # YAML 1.1 reads 1e-4 as a text
+    if isinstance(value, str) and "float" in Settings.__dataclass_fields__[name].type:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
 
 
 _REPORT = Settings(dropout=0.05, schedule="linear", seq_len=256, batch_tokens=16384)
@@ -154,3 +190,13 @@ def resolve(preset: str, changes: Mapping[str, Any]) -> Settings:
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
     return Settings.from_dict({**asdict(PRESETS[preset]), **changes})
+
+
+def settings_help() -> str:
+    """What `Settings` says of each field, and the defaults, to be printed; values as YAML writes them."""
+    described = (inspect.getdoc(Settings) or "").partition("Attributes:\n")[2].rstrip().replace("None:", "null:")
+    written = (
+        f"{name}={value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in asdict(PRESETS["default"]).items()
+    )
+    return f"{described}\n\n{textwrap.fill('defaults: ' + ', '.join(written), 119)}"

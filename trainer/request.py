@@ -12,7 +12,7 @@ import yaml
 
 from ..errors import UsageError, unknown
 from ..files import refuse_existing
-from .models import check_weights, load_config, local_folder, quantization
+from .models import check_trackers, check_weights, load_config, local_folder, quantization
 from .presets import PRESET_DATA, Settings, resolve
 
 #: in the folder of an unfinished training
@@ -99,6 +99,7 @@ def make_request(
                 "give the dense model it was pruned from"
             )
     quantization(settings)
+    check_trackers(settings)
     return Request(
         model=str(model),
         data=sources,

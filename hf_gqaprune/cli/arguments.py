@@ -1,11 +1,13 @@
-"""What each verb takes: parsers out. Nothing here reads a file or imports a model."""
+"""What each verb takes: parsers out. Nothing here imports a model."""
 
 from __future__ import annotations
 
 import argparse
 from typing import NoReturn
 
+from ..configuration import builtin
 from ..errors import UsageError
+from ..trainer.presets import settings_help
 
 
 class Parser(argparse.ArgumentParser):
@@ -105,14 +107,27 @@ def recover(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=count, metavar="N", help="tokens to train on (default: the preset's)")
     parser.add_argument("--seq-len", type=count, metavar="N", help="tokens per training sample")
     parser.add_argument("--teacher", metavar="PATH", help="the dense model, to distil from")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting (listed below): rank=16"
+    )
+    parser.add_argument(
+        "--evaluation", nargs="+", action="extend", default=[], metavar="NAME_OR_FILE",
+        help="text that will be evaluated on: training on it is refused",
+    )  # fmt: skip
     parser.add_argument("--preset", default="default", metavar="P", help="recovery preset (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.epilog = "Flags that are not listed go to `accelerate launch`: --num_processes 2"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = (
+        "Flags that are not listed go to `accelerate launch`: --num_processes 2, --mixed_precision bf16; beside them\n"
+        f"--accelerate_config NAME_OR_FILE takes a packaged configuration ({', '.join(builtin('accelerate'))}) or a file.\n\n"
+        f"settings of --set:\n{settings_help()}"
+    )
 
 
 def merge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", metavar="ADAPTER", help="a LoRA adapter written by `gqaprune recover`")
+    parser.add_argument("adapter", metavar="ADAPTER", help="a LoRA adapter: OUT/adapter of `gqaprune recover`")
+    parser.add_argument("--base", metavar="DIR", help="what it was trained on, where that is no longer where it was")
     _out(parser, "OUT", "the merged checkpoint (folder)")
 
 

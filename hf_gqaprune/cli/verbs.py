@@ -6,9 +6,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import UsageError, unknown
 from ..files import refuse_existing, write_text
 
 if TYPE_CHECKING:
@@ -46,20 +46,31 @@ def prune(args: argparse.Namespace) -> None:
 
 def recover(args: argparse.Namespace) -> None:
     """Train and merge under accelerate launch."""
+    from ..recipe import assignment
+    from ..trainer.presets import Settings
     from ..trainer.recover import launch
 
+    flags = {name: getattr(args, name) for name in ("max_tokens", "seq_len") if getattr(args, name) is not None}
+    settings: dict[str, Any] = {}
+    for key, value in (assignment(override, "rank=16") for override in args.set):
+        if key not in Settings.__dataclass_fields__:
+            raise unknown("recovery setting", key, Settings.__dataclass_fields__)
+        if key in flags:
+            raise UsageError(f"--set {key}={value}: --{key.replace('_', '-')} {flags[key]} is given already")
+        settings[key] = value
     launch(
         args.folder,
         args.data,
         args.output,
         preset=args.preset,
-        max_tokens=args.max_tokens,
-        seq_len=args.seq_len,
         seed=args.seed,
         overwrite=args.overwrite,
         resume=args.resume,
         teacher=args.teacher,
+        evaluation=args.evaluation,
         accelerate=args.accelerate,
+        **flags,
+        **settings,
     )
     print(f"written to {args.output}")
 
@@ -68,7 +79,7 @@ def merge(args: argparse.Namespace) -> None:
     """Merge an adapter."""
     from ..trainer.merge import merge as merge_adapter
 
-    print(f"written to {merge_adapter(args.adapter, args.output, overwrite=args.overwrite)}")
+    print(f"written to {merge_adapter(args.adapter, args.output, base=args.base, overwrite=args.overwrite)}")
 
 
 def evaluate(args: argparse.Namespace) -> None:
