@@ -116,6 +116,45 @@ def test_columns_that_make_no_example_are_listed(tokenizer: PreTrainedTokenizerF
     assert "has columns question, answer; training needs one of: messages; prompt + completion;" in str(caught.value)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "good, bad, message",
+    [
+        ({"text": "abc"}, {"text": None}, "row 2 of .*odd.* holds None in column 'text', which is not text"),
+        ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}, "row 2 of odd holds None in column 'completion'"),
+        ({"instruction": "a", "output": "b"}, {"instruction": 3, "output": "b"}, "row 2 of odd holds"),
+        ({"messages": [{"role": "user", "content": "a"}]}, {"messages": None}, "row 2 of odd holds None in column 'messages'"),
+        ({"messages": [{"role": "user"}]}, {"messages": []}, "does not take a chat of dataset odd: .*content"),
+        ({"question": "a"}, {"question": "b"}, "has columns question; training needs one of"),
+    ],
+)
+def test_rows_without_text_are_named(
+    tokenizer: PreTrainedTokenizerFast, jsonl: Write, good: dict[str, Any], bad: dict[str, Any], message: str, streaming: bool
+) -> None:
+    chatty = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
+    chatty.chat_template = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    with pytest.raises(UsageError, match=message) as caught:
+        load(chatty, [jsonl("odd", [good, bad])], streaming=streaming, max_tokens=10_000)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_without_rows_is_refused(tokenizer: PreTrainedTokenizerFast, jsonl: Write, streaming: bool) -> None:
+    with pytest.raises(UsageError, match="dataset .*empty.jsonl holds no rows"):
+        load(tokenizer, [jsonl("empty", [])], streaming=streaming, max_tokens=100)
+
+
+def test_the_folder_of_one_split_is_that_split(tokenizer: PreTrainedTokenizerFast, jsonl: Write, tmp_path: Path) -> None:
+    from datasets import Split, load_dataset
+
+    path = jsonl("rows", [{"text": "abc" * 20}])
+    for name in ("train", "test"):
+        load_dataset("json", data_files={name: path}, split=Split(name)).save_to_disk(str(tmp_path / name))
+    assert len(load(tokenizer, [str(tmp_path / "train")]).train) == 4
+    with pytest.raises(UsageError, match="is split 'test', not 'train'"):
+        load(tokenizer, [str(tmp_path / "test")])
+
+
 def test_a_split_that_does_not_exist_is_named(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     from datasets import Dataset, DatasetDict
 

@@ -186,6 +186,12 @@ def test_a_failure_is_told_with_its_reason(folder: Path, text: str, tmp_path: Pa
     assert told["kind"] == "WorkError" and told["message"].startswith(
         "the loss is nan at step 1, in a batch of 8 rows"
     )
+    # what nobody expected, with its traceback
+    config.write_text(yaml.safe_dump({**arguments, "overwrite": True, "data": [[text]]}))
+    assert main(["--config", str(config), "--failure", str(failure)]) == 0
+    told = json.loads(failure.read_text())
+    assert told["kind"] == "AttributeError" and "Traceback" in told["traceback"]
+    config.write_text(yaml.safe_dump(arguments))
     # or to the user
     assert main(["--config", str(config)]) == 2
     config.write_text(yaml.safe_dump({**arguments, "overwrite": True}))

@@ -9,11 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jinja2 import TemplateError
+
 from ..calibration import cut_windows, parse_weight, token_ids
 from ..errors import UsageError
 from ..text import Text, load_text
 from .presets import Settings
-from .sources import Rows, open_source
+from .sources import KINDS, Rows, not_text, open_source
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -127,9 +129,9 @@ def tokenized(tokenizer: Any, source: Text | Rows, seq_len: int, limit: int | No
         return _streamed_windows(tokenizer, source, seq_len, limit)
     rows: list[Row] = []
     tokens, digest = 0, hashlib.sha256()
-    for example in source.examples:
+    for number, example in enumerate(source.examples):
         digest.update(json.dumps(example, sort_keys=True, default=str).encode())
-        row = _example(tokenizer, example, source, seq_len)
+        row = _example(tokenizer, example, source, seq_len, number)
         # an example whose prompt alone fills the row teaches nothing
         if row.prompt < len(row.ids):
             rows.append(row)
@@ -150,7 +152,9 @@ def text_windows(tokenizer: Any, text: Text, seq_len: int) -> list[Row]:
 def _streamed_windows(tokenizer: Any, source: Rows, seq_len: int, limit: int | None) -> list[Row]:
     ids: list[int] = []
     digest = hashlib.sha256()
-    for example in source.examples:
+    for number, example in enumerate(source.examples):
+        if not isinstance(example["text"], str):
+            raise not_text(source.name, number, "text", example["text"])
         text = f"{example['text']}\n\n"
         digest.update(text.encode())
         ids += token_ids(tokenizer, text)
@@ -164,8 +168,15 @@ def _windows(tokenizer: Any, ids: list[int], seq_len: int, name: str) -> list[Ro
     return [Row(row) for row in cut_windows(tokenizer, ids, seq_len, name).tolist()]
 
 
-def _example(tokenizer: Any, example: dict[str, Any], source: Rows, seq_len: int) -> Row:
+def _example(tokenizer: Any, example: dict[str, Any], source: Rows, seq_len: int, number: int) -> Row:
     kind = source.kind
+    for column in KINDS[kind]:
+        value = example[column]
+        # prompt and completion may be chats as well
+        if not isinstance(value, str) and not (isinstance(value, list) and kind in ("messages", "completion")):
+            raise not_text(source.name, number, column, value)
+    if kind == "completion" and type(example["prompt"]) is not type(example["completion"]):
+        raise UsageError(f"row {number + 1} of {source.name} mixes a text and a chat in prompt and completion: make both one")
     if kind == "messages":
         return Row(_chat(tokenizer, example["messages"], source)[:seq_len])
     if kind == "alpaca":
@@ -197,7 +208,12 @@ def _chat(tokenizer: Any, messages: list[dict[str, Any]], source: Rows, **option
             f"dataset {source.name} holds chats, and the model's tokenizer has no chat template: add one "
             "(chat_template.jinja in the model's folder) or use prompt/completion columns"
         )
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+    except (TemplateError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"the chat template of the model's tokenizer does not take a chat of dataset {source.name}: {error}"
+        ) from error
 
 
 def _refuse_evaluated(opened: Iterable[Text | Rows], evaluation: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -111,6 +112,8 @@ def launch(
         code = subprocess.run(command, check=False).returncode
         if failure.exists():
             told = json.loads(failure.read_text(encoding="utf-8"))
+            if told["traceback"]:
+                raise WorkError(f"{told['message']} (--debug shows where)") from RuntimeError(told["traceback"])
             raise {"UsageError": UsageError}.get(told["kind"], WorkError)(told["message"])
     if code:
         kept = checkpoints.latest(request.work)
@@ -176,16 +179,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         recover_from(args.config)
-    except (UsageError, WorkError) as error:
+    except Exception as error:
         refused = isinstance(error, UsageError)
+        expected = isinstance(error, UsageError | WorkError)
         if args.failure:
-            write_json(args.failure, {"kind": type(error).__name__, "message": str(error)})
+            message = str(error) if expected else f"{type(error).__name__}: {error}"
+            trace = None if expected else traceback.format_exc()
+            write_json(args.failure, {"kind": type(error).__name__, "message": message, "traceback": trace})
             # told: the launcher would only add its own traceback. Where one process of several fails by itself, only
             # an exit code ends the others
             if refused or os.environ.get("WORLD_SIZE", "1") == "1":
                 return 0
-        else:
+        elif expected:
             print(f"hf_gqaprune.trainer.recover: {error}", file=sys.stderr)
+        else:
+            raise
         return 2 if refused else 1
     return 0
 

@@ -12,6 +12,7 @@ import yaml
 
 from ..errors import UsageError, unknown
 from ..files import refuse_existing
+from .checkpoints import lock
 from .models import check_trackers, check_weights, load_config, local_folder, quantization
 from .presets import PRESET_DATA, Settings, resolve
 
@@ -141,7 +142,10 @@ def check_output(request: Request) -> None:
     """Refuse what would overwrite a result, or go on with an unfinished training of another kind."""
     refuse_existing(request.output, request.overwrite)
     record = request.work / REQUEST_FILE
-    if not record.is_file() or (request.overwrite and not request.resume):
+    if not record.is_file():
+        return
+    lock(request.work).release()
+    if request.overwrite and not request.resume:
         return
     if not request.resume:
         raise UsageError(f"{request.work} holds an unfinished training: pass --resume, or --overwrite to start anew")

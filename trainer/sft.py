@@ -33,11 +33,12 @@ class RecoveryTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, weight: float, finish: Callable[[Path], None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.add_callback(_FiniteGradients())
+        self.add_callback(_FiniteGradients(self))
         self.finish = finish
         self.teacher: Teacher | TeacherCache | None = None
         self.weight = weight
         self._parts: dict[str, float] = defaultdict(float)
+        self._batch: dict[str, Any] = {}
         # evaluation sums nats and tokens, since its batches need not hold equally many
         self._held_out = torch.zeros(2, dtype=torch.float64)
 
@@ -50,8 +51,9 @@ class RecoveryTrainer(SFTTrainer):
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         else:
             loss = self._distilled(model, inputs, self.teacher, num_items_in_batch)
+        self._batch = inputs
         if not torch.isfinite(loss):
-            raise WorkError(self._not_finite(float(loss.detach()), inputs))
+            raise self.not_finite(f"loss is {float(loss.detach())}")
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -121,12 +123,13 @@ class RecoveryTrainer(SFTTrainer):
     def _averages_tokens(self) -> bool:
         return bool(self.args.average_tokens_across_devices)
 
-    def _not_finite(self, loss: float, inputs: dict[str, Any]) -> str:
-        ids = inputs["input_ids"]
+    def not_finite(self, what: str) -> WorkError:
+        """The error that ends a training in which `what` happened: where, in which batch, and what to do."""
+        ids = self._batch["input_ids"]
         start = self.processing_class.decode(ids[0][:24], skip_special_tokens=True)
         kept = checkpoints.latest(Path(self.args.output_dir))
-        return (
-            f"the loss is {loss} at step {self.state.global_step + 1}, in a batch of {len(ids)} rows whose first one "
+        return WorkError(
+            f"the {what} at step {self.state.global_step + 1}, in a batch of {len(ids)} rows whose first one "
             f"begins {start!r}: lower learning_rate ({self.args.learning_rate})"
             + (f"; {kept.name} is kept" if kept else "")
         )
@@ -135,6 +138,9 @@ class RecoveryTrainer(SFTTrainer):
 class _FiniteGradients(TrainerCallback):
     """Stops before the weights are spoilt: a finite loss may well have a gradient that is not."""
 
+    def __init__(self, trainer: RecoveryTrainer) -> None:
+        self.trainer = trainer
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -142,8 +148,4 @@ class _FiniteGradients(TrainerCallback):
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm):
-            kept = checkpoints.latest(Path(args.output_dir))
-            raise WorkError(
-                f"the gradient is not finite at step {state.global_step + 1}: lower learning_rate ({args.learning_rate})"
-                + (f"; {kept.name} is kept" if kept else "")
-            )
+            raise self.trainer.not_finite("gradient is not finite")

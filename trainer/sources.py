@@ -54,18 +54,29 @@ def open_source(source: str, split: str, streaming: bool = False) -> Text | Rows
     if not (path.exists() or "/" in source):
         raise unknown("text", source, [*NAMED, "a file", "a dataset id ORG/NAME"])
     rows = _open_dataset(source, split, streaming)
-    columns = list(rows.column_names or next(iter(rows)))
+    columns = list(rows.column_names or next(iter(rows), ()))
+    if not columns:
+        raise UsageError(f"dataset {source} holds no rows")
     kind = next((kind for kind, needed in KINDS.items() if set(needed) <= set(columns)), None)
     if kind is None:
         wanted = "; ".join(" + ".join(needed) for needed in KINDS.values())
         raise UsageError(f"dataset {source} has columns {', '.join(columns)}; training needs one of: {wanted}")
     name = Path(source.partition(":")[0]).stem
     if kind == "text" and not streaming:
-        content = "\n\n".join(rows["text"])
+        texts = rows["text"][:]
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise not_text(source, number, "text", text)
+        content = "\n\n".join(texts)
         if not content.strip():
             raise UsageError(f"the text {source} is empty")
         return Text(name, split, content)
     return Rows(name, split, kind, rows)
+
+
+def not_text(source: str, number: int, column: str, value: Any) -> UsageError:
+    """The error for row `number`, counted from 0, that has no text in `column`."""
+    return UsageError(f"row {number + 1} of {source} holds {value!r:.60} in column {column!r}, which is not text: drop it")
 
 
 def _open_dataset(source: str, split: str, streaming: bool) -> Any:
@@ -81,6 +92,9 @@ def _open_dataset(source: str, split: str, streaming: bool) -> Any:
             return _saved(datasets.load_from_disk(source), source, split)
         name, _, config = source.partition(":")
         return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
+    except StopIteration as error:
+        # datasets finds no first line to guess the columns from
+        raise UsageError(f"dataset {source} holds no rows") from error
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise UsageError(f"cannot load split {split!r} of {source}: {_first_line(error)}") from error
     except (OSError, HfHubHTTPError) as error:
@@ -88,7 +102,10 @@ def _open_dataset(source: str, split: str, streaming: bool) -> Any:
 
 
 def _saved(dataset: Any, source: str, split: str) -> Any:
-    if hasattr(dataset, "column_names") and not isinstance(dataset, dict):
+    if not isinstance(dataset, dict):
+        # a single split remembers which one it was
+        if (dataset.split or split) != split:
+            raise UsageError(f"dataset {source} is split '{dataset.split}', not {split!r}: give the folder of another split")
         return dataset
     if split not in dataset:
         raise UsageError(f"dataset {source} has no split {split!r}; it has: {', '.join(dataset)}")

@@ -9,20 +9,22 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from .. import identity
-from ..errors import UsageError
+from ..errors import UsageError, WorkError
 from ..files import new_folder, write_json, write_text
 from . import checkpoints
 from .blockwise import EPOCHS, reconstruct
 from .data import TrainingData, load_data
 from .distill import Teacher
+from .log import CURVE_FILE, LOG_FILE, draw, training_log
 from .merge import merged, write_adapter_identity, write_checkpoint
 from .models import (
     autocast_bf16,
@@ -41,15 +43,13 @@ from .request import REQUEST_FILE, Request, check_output
 from .teacher_cache import TeacherCache, is_cached, write_cache
 
 if TYPE_CHECKING:
+    from filelock import BaseFileLock
     from peft import LoraConfig
     from transformers import PreTrainedModel
     from trl import SFTConfig
 
     from .sft import RecoveryTrainer
 
-#: in the recovered checkpoint: what was trained, and how the loss went
-LOG_FILE = "training_log.json"
-LOG_VERSION = 1
 #: in the recovered checkpoint: the adapter, which `merge` folds in again
 ADAPTER = "adapter"
 #: points of the loss curve
@@ -106,7 +106,7 @@ def _train(request: Request) -> Path:
     steps = plan_steps(request, len(data.train), state.num_processes)
     base = identity.fingerprint(folder) if state.is_main_process else ""
     if state.is_main_process:
-        _prepare(request, base)
+        lock = _prepare(request, base)
     state.wait_for_everyone()
     last = checkpoints.latest(request.work)
     state.wait_for_everyone()
@@ -124,12 +124,18 @@ def _train(request: Request) -> Path:
     if trainer.eval_dataset is not None and not _evaluated_last(trainer):
         trainer.evaluate()
     trained = request.work / "trained"
-    trainer.save_model(str(trained))
-    state.wait_for_everyone()
-    if state.is_main_process:
-        finish(trained)
-        log = training_log(request, data, trainer, steps, seconds)
-        _write_output(request, folder, trained, log)
+    try:
+        trainer.save_model(str(trained))
+        state.wait_for_everyone()
+        if state.is_main_process:
+            finish(trained)
+            log = training_log(request, data, trainer, steps, seconds)
+            _write_output(request, folder, trained, log)
+            lock.release()
+    except (OSError, SafetensorError) as error:
+        raise WorkError(
+            f"{request.output} could not be written ({error}); the training is kept in {request.work}: go on with --resume"
+        ) from error
     state.wait_for_everyone()
     return Path(request.output)
 
@@ -137,41 +143,6 @@ def _train(request: Request) -> Path:
 def has_accelerator() -> bool:
     """Whether anything but the CPU can train."""
     return torch.accelerator.is_available()
-
-
-def training_log(
-    request: Request, data: TrainingData, trainer: RecoveryTrainer, steps: Steps, seconds: float
-) -> dict[str, Any]:
-    """What was trained on what, and how the loss went; JSON-ready, without local paths."""
-    history = trainer.state.log_history
-    trained = [
-        {"step": entry["step"], "tokens": entry.get("num_input_tokens_seen")}
-        | {name: entry[name] for name in ("loss", "cross_entropy", "divergence", "learning_rate") if name in entry}
-        for entry in history
-        if "loss" in entry
-    ]
-    # a resumed run measures once more where it starts
-    held_out = {
-        entry["step"]: {"step": entry["step"], "loss": entry["eval_loss"], "perplexity": entry["eval_perplexity"]}
-        for entry in history
-        if "eval_loss" in entry
-    }
-    model = trainer.model
-    return {
-        "version": LOG_VERSION,
-        "teacher": request.teacher and Path(request.teacher).name,
-        "seed": request.seed,
-        "settings": asdict(request.settings),
-        "data": data.record(),
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "processes": steps.processes,
-        "rows_per_step": steps.rows_per_step,
-        "steps": trainer.state.global_step,
-        "tokens": trainer.state.num_input_tokens_seen,
-        "seconds": round(seconds, 3),
-        "train": trained,
-        "held_out": list(held_out.values()),
-    }
 
 
 def _make_trainer(
@@ -322,13 +293,14 @@ def _reconstructed(
     return model
 
 
-def _prepare(request: Request, base: str) -> None:
-    """Make the working folder, or refuse the one that is there."""
+def _prepare(request: Request, base: str) -> BaseFileLock:
+    """Make the working folder, or refuse the one that is there; no other training may use it while the lock is held."""
     check_output(request)
     record = request.work / REQUEST_FILE
     if request.work.exists() and not (request.resume and record.exists()):
         shutil.rmtree(request.work)
     request.work.mkdir(parents=True, exist_ok=True)
+    lock = checkpoints.lock(request.work)
     if not record.exists():
         write_text(record, yaml.safe_dump({**request.to_dict(), "base_fingerprint": base}, sort_keys=False))
     elif yaml.safe_load(record.read_text(encoding="utf-8")).get("base_fingerprint") != base:
@@ -336,6 +308,7 @@ def _prepare(request: Request, base: str) -> None:
             f"the weights in {request.model} are not those that {request.work} was started with: start anew with "
             "--overwrite and without --resume"
         )
+    return lock
 
 
 def _evaluated_last(trainer: RecoveryTrainer) -> bool:
@@ -355,6 +328,10 @@ def _write_output(request: Request, folder: Path, trained: Path, log: dict[str, 
     with new_folder(request.output, request.overwrite) as scratch:
         write_checkpoint(model, folder, scratch)
         write_json(scratch / LOG_FILE, log)
+        draw(log, scratch / CURVE_FILE)
+        # of tensorboard
+        if (request.work / "runs").is_dir():
+            shutil.copytree(request.work / "runs", scratch / "runs")
         if adapter:
             keep = ("adapter_*", identity.FILE, "local_base.json")
             (scratch / ADAPTER).mkdir()
