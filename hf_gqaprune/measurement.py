@@ -52,7 +52,7 @@ def collect_statistics(
         seed: for the criterion `random`.
 
     Raises:
-        UsageError: unknown criterion, a model of another architecture, calibration missing.
+        UsageError: unknown criterion, a model of another architecture, calibration missing or of another vocabulary.
         WorkError: a weight, activation or gradient that is not finite, named.
     """
     if criterion not in CRITERIA:
@@ -64,6 +64,7 @@ def collect_statistics(
     slices = trace_units(source.layers)
     layers: Any = model.get_decoder().layers
     check_weights(dict(enumerate(layers)))
+    check_outer_weights(model)
     taps: dict[tuple[int, str], Tap] = {}
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
@@ -88,7 +89,17 @@ def collect_statistics(
 
 
 def check_tokens(calibration: Calibration, source: ModelShape) -> None:
-    """Say so where the tokens are too few for what is estimated from them."""
+    """Say so where the tokens are too few for what is estimated from them.
+
+    Raises:
+        UsageError: a token that the model does not have.
+    """
+    low, high = (int(end) for end in calibration.ids.aminmax())
+    if low < 0 or high >= source.vocab_size:
+        raise UsageError(
+            f"calibration token {low if low < 0 else high} is outside the model's vocabulary of {source.vocab_size}: "
+            "calibrate with the model's own tokenizer"
+        )
     tokens, wanted = calibration.ids.numel(), _TOKENS_PER_CHANNEL * max(shape.ffn for shape in source.layers)
     if tokens < wanted:
         logger.warning(
@@ -195,7 +206,11 @@ def _run(model: PreTrainedModel, calibration: Calibration, backward: bool) -> No
             logits = model(inputs_embeds=embeds, use_cache=False).logits
             if not backward:
                 continue
-            next_token_loss(logits, ids).backward()
+            try:
+                loss = next_token_loss(logits, ids)
+            except WorkError as error:
+                raise WorkError(f"{error}, first in {_first_overflow(model, embeds)}") from error
+            loss.backward()
 
 
 def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -204,6 +219,28 @@ def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     if not bool(torch.isfinite(loss.detach())):
         raise WorkError(f"the loss on calibration text is {float(loss.detach())}: the model's activations overflow")
     return loss
+
+
+def _first_overflow(model: PreTrainedModel, embeds: torch.Tensor) -> str:
+    """The first block whose output is not finite, or the head, where all are; `embeds` as the pass gives them."""
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def look(_module: nn.Module, _args: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if not bool(torch.isfinite(hidden).all()):
+                found.append(name)
+
+        return look
+
+    layers: Any = model.get_decoder().layers
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            for kind, block in (("attention", layer.self_attn), ("mlp", layer.mlp)):
+                if block is not None:
+                    stack.callback(block.register_forward_hook(watch(f"layer {index} {kind}")).remove)
+        model(inputs_embeds=embeds, use_cache=False)
+    return found[0] if found else "the head"
 
 
 @contextmanager
@@ -238,8 +275,19 @@ def check_weights(layers: Mapping[int, nn.Module]) -> None:
     """Raise [`WorkError`] for a weight of `{index: layer}` that is not finite."""
     for index, layer in layers.items():
         for name, parameter in layer.named_parameters():
-            if parameter.device.type != "meta" and not bool(torch.isfinite(parameter).all()):
-                raise WorkError(f"layer {index}: {name} holds values that are not finite; repair the checkpoint first")
+            _check_finite(f"layer {index}: {name}", parameter)
+
+
+def check_outer_weights(model: PreTrainedModel) -> None:
+    """Raise [`WorkError`] for embeddings, a last norm or a head that is not finite."""
+    for name, parameter in model.named_parameters():
+        if ".layers." not in name:
+            _check_finite(name, parameter)
+
+
+def _check_finite(name: str, parameter: torch.Tensor) -> None:
+    if parameter.device.type != "meta" and not bool(torch.isfinite(parameter).all()):
+        raise WorkError(f"{name} holds values that are not finite; repair the checkpoint first")
 
 
 def _check_moments(layer: int, kind: str, moments: Moments) -> None:

@@ -44,7 +44,8 @@ class Moments:
         """H + ridge * mean(diag H) * I in float64; inputs that were always zero get a ridge that costs nothing."""
         h = self.inputs.double()
         scale = float(h.diagonal().mean())
-        h.diagonal().add_(ridge * scale if scale > 0 else 1e-12)
+        # below the normal numbers of float32 a sum of squares has too few digits to be positive definite
+        h.diagonal().add_(ridge * scale if scale > torch.finfo(torch.float32).tiny else 1e-12)
         return h
 
 

@@ -9,6 +9,7 @@ import torch
 
 from .correction import natural_gradient_steps
 from .errors import UsageError, unknown
+from .measurement import check_outer_weights, check_weights
 from .plan import LayerPlan, LayerShape, PruningPlan
 from .reconstruction import refit_on_pruned_prefix
 from .statistics import Moments, Statistics
@@ -53,11 +54,14 @@ def prune(
 
     Raises:
         UsageError: a plan for a model of other sizes; statistics that are missing, without moments or of another model.
+        WorkError: a weight that is not finite, named; predictions of the pruned model that are not.
     """
     plan.check_model(model.config)
     check_compensation(compensation, plan, statistics)
-    slices = trace_units(plan.source.layers)
     inner: Any = model.get_decoder()
+    check_weights(dict(enumerate(inner.layers)))
+    check_outer_weights(model)
+    slices = trace_units(plan.source.layers)
     state = _outer_state(model, inplace)
     for index, kept in enumerate(plan.layers):
         layer = inner.layers[index]
