@@ -155,7 +155,8 @@ def _demand(request: PruneRequest) -> dict[str, Any]:
     """The arguments of `make_plan` that say how much goes, and from where."""
     from .planner import Demand
 
-    return {field.name: getattr(request, field.name) for field in fields(Demand)}
+    names = [field.name for field in fields(Demand) if field.name != "bias"]
+    return {name: getattr(request, name) for name in names} | {"bias": request.compensation == "bias"}
 
 
 def plan_model(request: PruneRequest) -> PruningPlan:

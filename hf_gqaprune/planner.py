@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +43,7 @@ class Demand:
     min_ffn: int = 1
     keep_layers: Sequence[int] = ()
     round_to: int | None = None
+    bias: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in ALLOCATION_NAMES:
@@ -89,7 +90,8 @@ class Demand:
     def budget(self, source: ModelShape) -> Budget:
         """The budget for a model of these sizes; [`UsageError`] where it cannot be met."""
         kept = self.kept_layers(len(source.layers))
-        unit = {key: size for key, size in unit_parameters(source).items() if key[0] not in kept}
+        grown = replace(source, attention_bias=True, mlp_bias=True) if self.bias else source
+        unit = {key: size for key, size in unit_parameters(grown).items() if key[0] not in kept}
         sizes = {"attention": "kv_heads", "mlp": "ffn"}
         units = {key: getattr(source.layers[key[0]], sizes[key[1]]) for key in unit}
         floor = {key: self.min_kv_heads if key[1] == "attention" else self.min_ffn for key in unit}
@@ -97,7 +99,7 @@ class Demand:
         if not self.min_kv_heads and attention and not any(source.layers[index].kv_heads for index in kept):
             # no cache can run a model without any attention: one block keeps a group
             floor[attention[0]] = 1
-        bias = {"attention": source.attention_bias, "mlp": source.mlp_bias}
+        bias = {"attention": grown.attention_bias, "mlp": grown.mlp_bias}
         rest = {key: source.hidden_size * (2 if bias[key[1]] else 1) for key in unit}
         lot = self.round_to or 1
         spare = {key: width % lot for key, width in units.items() if key[1] == "mlp"}
@@ -115,10 +117,11 @@ class Demand:
             target = self.backbone_ratio * cost.backbone_parameters
         else:
             target = (self.ratio or 0.0) * cost.parameters
+        added = grown.cost.parameters - cost.parameters
         share = None if self.attention_share is None else self.attention_share * target
-        budget = Budget(source, target - forced, unit, units, floor, rest, lot, spare, share)
+        budget = Budget(source, target + added - forced, unit, units, floor, rest, lot, spare, share)
         if self.rates is None:
-            self._check_possible(budget, target, forced, kept)
+            self._check_possible(budget, target, forced - added, kept)
         return budget
 
     def describe(self, source: ModelShape) -> str:
@@ -129,6 +132,7 @@ class Demand:
             f"attention share {self.attention_share}": self.attention_share is not None,
             f"layers kept: {', '.join(map(str, kept))}": bool(kept),
             f"FFN widths in multiples of {self.round_to}": self.round_to is not None,
+            "biases added": self.bias,
         }
         settings = "; ".join(text for text, is_set in told.items() if is_set)
         return f"{self.method} ({settings})" if settings else self.method
@@ -180,6 +184,7 @@ def make_plan(
     min_ffn: int = 1,
     keep_layers: Sequence[int] = (),
     round_to: int | None = None,
+    bias: bool = False,
     seed: int = 0,
 ) -> PruningPlan:
     """Choose which units to keep.
@@ -203,6 +208,7 @@ def make_plan(
         min_kv_heads, min_ffn: what every block must keep; 0 lets whole blocks go.
         keep_layers: layers that stay untouched, counted from 0, or from the end with -1.
         round_to: FFN widths become multiples of this many channels, except in kept layers.
+        bias: every linear of the pruned model has a bias, for compensation `bias`; these count, and so more goes.
         seed: for the criterion `random`.
 
     Returns:
@@ -224,6 +230,7 @@ def make_plan(
         min_ffn=min_ffn,
         keep_layers=keep_layers,
         round_to=round_to,
+        bias=bias,
     )
     if (demand.method == "layer_importance") != (layer_scores is not None):
         raise UsageError("allocation layer_importance and layer_scores (see layer_importance.measure) belong together")
@@ -248,7 +255,8 @@ def make_plan(
         from .search import refine
 
         removed = refine(model, statistics, budget, removed)
-    return plan_of(statistics, budget.unpacked(removed), demand.describe(statistics.source))
+    plan = plan_of(statistics, budget.unpacked(removed), demand.describe(statistics.source))
+    return replace(plan, attention_bias=True, mlp_bias=True) if bias else plan
 
 
 def plan_of(statistics: Statistics, removed: dict[Key, int], allocation: str) -> PruningPlan:

@@ -73,6 +73,8 @@ def prune_checkpoint(
         raise UsageError(
             "compensation natural_gradient needs both models in memory: use prune, or compensation least_squares or none"
         )
+    if compensation == "bias":
+        raise UsageError("compensation bias needs the model in memory: use prune, or compensation least_squares or none")
     check_compensation(compensation, plan, statistics)
     target = refuse_existing(output, overwrite)
     folder = local_folder(os.fspath(model))

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from .configuration_pruned_llama import PrunedLlamaConfig
     from .modeling_pruned_llama import PrunedLlamaForCausalLM
 
-#: from the best to the cheapest, each one the next and more
-COMPENSATIONS = ("natural_gradient", "least_squares", "none")
+#: from the best to the cheapest
+COMPENSATIONS = ("natural_gradient", "least_squares", "bias", "none")
 _NORMS = {"attention": "input_layernorm.weight", "mlp": "post_attention_layernorm.weight"}
 
 
@@ -44,7 +44,8 @@ def prune(
         compensation: `least_squares` re-fits `o_proj` and `down_proj` of every changed block on the dense moments, then
             every linear from there on, layer by layer, on the inputs that the pruned prefix gives it (see
             `reconstruction`); `natural_gradient` then takes a few second-order steps towards the dense model's
-            predictions (see `correction`); `none` only slices.
+            predictions (see `correction`); `bias` adds the mean of what went to the biases of `o_proj` and `down_proj`
+            (see `prune_layer`), for a plan whose model has biases; `none` only slices.
         inplace: take what stays whole from `model` instead of copying it, and free the rest; `model` is unusable
             afterwards. Otherwise `model` stays untouched and shares no memory with the result.
 
@@ -66,13 +67,17 @@ def prune(
     for index, kept in enumerate(plan.layers):
         layer = inner.layers[index]
         moments = moments_of(statistics, index) if compensation != "none" else {}
-        new = prune_layer(dict(layer.state_dict()), kept, slices[index], moments, clone=not inplace)
+        means = None
+        if compensation == "bias":
+            means, moments = {kind: m.input_mean for kind, m in moments.items()}, {}
+        new = prune_layer(dict(layer.state_dict()), kept, slices[index], moments, means=means, clone=not inplace)
         state |= {f"model.layers.{index}.{name}": tensor for name, tensor in new.items()}
     pruned = assemble(model, pruned_config(model.config, plan), state)
     previous = getattr(model, "prune_plan", None)
     whole = PruningPlan.from_dict(previous).compose(plan) if previous else plan
     pruned.prune_plan = whole.to_dict()
-    if compensation != "none" and statistics is not None and statistics.calibration is not None:
+    refitted = compensation in ("natural_gradient", "least_squares")
+    if refitted and statistics is not None and statistics.calibration is not None:
         refit_on_pruned_prefix(model, pruned, statistics.calibration)
         if compensation == "natural_gradient":
             natural_gradient_steps(model, pruned, statistics.calibration)
@@ -87,15 +92,20 @@ def prune_layer(
     slices: UnitSlices,
     moments: Mapping[str, Moments],
     *,
+    means: Mapping[str, torch.Tensor] | None = None,
     clone: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Weights of one pruned layer.
+
+    Means give every linear a bias, zero where it had none, and to that of an output projection they add
+    W_:R mean(x_R), R the columns that go (FLAP, An et al. 2024, arXiv:2312.11983, eq. 7).
 
     Args:
         state: `{"self_attn.q_proj.weight": tensor, ...}` of the dense layer.
         kept: units that stay.
         slices: index sets of the layer.
         moments: `{kind: Moments}` of the blocks to re-fit.
+        means: `{kind: (n,)}`, mean inputs of the output projections, to be made up for by biases.
         clone: copy also what stays whole, so that nothing is shared with `state`.
 
     Returns:
@@ -108,7 +118,8 @@ def prune_layer(
         if present[kind] and _changed(kept, slices, kind)
     }
     result = {}
-    for name, (dim, index) in slices.kept(kept.kv_groups, kept.query_heads, kept.ffn_channels).items():
+    cut = slices.kept(kept.kv_groups, kept.query_heads, kept.ffn_channels)
+    for name, (dim, index) in cut.items():
         if not len(index):
             continue
         weight = state[f"{name}.weight"]
@@ -119,9 +130,18 @@ def prune_layer(
         elif clone:
             weight = weight.clone()
         result[f"{name}.weight"] = weight
-        if f"{name}.bias" in state:
-            bias = state[f"{name}.bias"]
-            result[f"{name}.bias"] = bias.index_select(0, index.to(bias.device)) if dim == 0 else bias.clone()
+        bias = state.get(f"{name}.bias")
+        if bias is None and means is not None:
+            bias = torch.zeros_like(state[f"{name}.weight"][:, 0])
+        if bias is not None:
+            bias = bias.index_select(0, index.to(bias.device)) if dim == 0 else bias.clone()
+            result[f"{name}.bias"] = bias
+    for kind, mean in (means or {}).items():
+        name = OUTPUT_PROJECTION[kind]
+        if present[kind]:
+            gone = mean.double().index_fill(0, cut[name][1], 0)
+            bias = result[f"{name}.bias"]
+            result[f"{name}.bias"] = bias + (state[f"{name}.weight"].double().cpu() @ gone).to(bias)
     for kind, name in _NORMS.items():
         if present[kind]:
             result[name] = state[name].clone() if clone else state[name]
@@ -153,6 +173,12 @@ def check_compensation(compensation: str, plan: PruningPlan, statistics: Statist
     """Raise [`UsageError`] unless `statistics` hold what `compensation` needs for `plan`."""
     if compensation not in COMPENSATIONS:
         raise unknown("compensation", compensation, COMPENSATIONS)
+    source = plan.source
+    if compensation == "bias" and not (plan.attention_bias and plan.mlp_bias):
+        raise UsageError("compensation bias needs a plan that counts biases: make it with bias=True (--compensation bias)")
+    adds = (plan.attention_bias, plan.mlp_bias) != (source.attention_bias, source.mlp_bias)
+    if adds and compensation != "bias":
+        raise UsageError(f"the plan adds biases, which compensation bias fills, not {compensation}: pass bias")
     if compensation == "none":
         return
     if statistics is None:

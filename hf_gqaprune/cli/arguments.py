@@ -78,7 +78,11 @@ def plan(parser: argparse.ArgumentParser) -> None:
     _model(parser)
     _out(parser, "plan.json", "the plan (JSON)")
     _budget(parser.add_argument_group("how much", "exactly one"))
-    _choices(parser.add_argument_group("which units"))
+    units = parser.add_argument_group("which units")
+    _choices(units)
+    units.add_argument(
+        "--compensation", default="natural_gradient", metavar="C", help="what prune will be told; bias counts its biases"
+    )
     _calibration(parser.add_argument_group("calibration"))
 
 
@@ -92,7 +96,8 @@ def prune(parser: argparse.ArgumentParser) -> None:
         "--compensation",
         default="natural_gradient",
         metavar="C",
-        help="natural_gradient (default), least_squares (closed form only, a fraction of the time) or none"
+        help="natural_gradient (default), least_squares (closed form only, a fraction of the time), bias (the mean of "
+        "what went, as biases that count) or none",
     )
     units.add_argument(
         "--resume", action="store_true", help="go on with an interrupted --plan PLAN --compensation none"

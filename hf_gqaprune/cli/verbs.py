@@ -177,7 +177,7 @@ def _prune_request(args: argparse.Namespace) -> PruneRequest:
         min_ffn=args.min_ffn,
         keep_layers=args.keep_layers,
         round_to=args.round_to,
-        compensation=getattr(args, "compensation", "natural_gradient"),
+        compensation=args.compensation,
         calibration=tuple(args.calibration or ()),
         samples=args.samples,
         seq_len=args.seq_len,
