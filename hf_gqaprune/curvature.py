@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .factors import fill_, invert_
+
 #: removals between two matrix-matrix updates
 _LAZY = 64
 #: rows of a symmetric matrix that are kept together, from the first column to the diagonal
@@ -24,6 +26,8 @@ def remove_greedily(
     lazily: diagonals at once, the matrices once every `_LAZY` removals by matrix-matrix products, of whose symmetric
     results one triangle is computed: 2 n^3 flops in all, half of them for the inverse.
 
+    Both matrices are left as they are; `remove_within` works in their memory.
+
     Args:
         second_moment: H, symmetric positive definite `(n, n)`, float64.
         gram: A = W^T G W, symmetric positive semi-definite `(n, n)`, float64.
@@ -36,15 +40,19 @@ def remove_greedily(
     Raises:
         torch.linalg.LinAlgError: H is not positive definite.
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(second_moment))
+    return remove_within(invert_(second_moment.clone()), gram.clone(), columns)
+
+
+def remove_within(
+    inverse: torch.Tensor, gram: torch.Tensor, columns: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`remove_greedily` given P = H^-1 and A, `(n, n)` and float64, as `invert_` and `weighted_gram` leave them; used up."""
     if columns.shape[1] > 1:
-        order, steps = _remove_blocks(inverse, gram, columns)
+        order, steps = _remove_blocks(fill_(inverse), fill_(gram), columns)
     else:
         permutation = columns[:, 0]
-        if torch.equal(permutation, torch.arange(len(gram))):
-            gram = gram.clone()
-        else:
-            inverse, gram = (matrix[permutation][:, permutation] for matrix in (inverse, gram))
+        if not torch.equal(permutation, torch.arange(len(gram))):
+            inverse, gram = (fill_(matrix)[permutation][:, permutation] for matrix in (inverse, gram))
         order, steps = _remove_columns(inverse, gram)
     return torch.tensor(order), torch.tensor(steps, dtype=gram.dtype).clamp(min=0).cumsum(0)
 

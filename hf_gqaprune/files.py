@@ -9,9 +9,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .errors import UsageError
+from .errors import UsageError, WorkError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def refuse_existing(path: str | os.PathLike[str], overwrite: bool, flag: str = "--overwrite") -> Path:
@@ -64,6 +67,17 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
     """`write_text` of `data` as indented JSON with a final newline; keys keep their order."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file; [`WorkError`], naming `path`, where it cannot be written, on a full disk for one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path)
+    except (OSError, SafetensorError) as error:
+        raise WorkError(f"cannot write {path}: {' '.join(str(error).split())}") from error
 
 
 def _umask() -> int:

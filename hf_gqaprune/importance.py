@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .curvature import remove_greedily
+from .curvature import remove_within
+from .factors import invert_, weighted_gram
 from .torch_pruning import OUTPUT_PROJECTION
 
 if TYPE_CHECKING:
@@ -175,9 +176,10 @@ def curvature(block: Block) -> Curve:
     (arXiv:2302.04089), OSSCAR (arXiv:2403.12983) and LLM Surgeon (arXiv:2312.17244).
     """
     assert block.moments is not None and block.moments.gradients is not None  # noqa: S101
-    weight = block.weights[block.output].double().cpu()
-    gram = weight.T @ block.moments.gradients.double() @ weight
-    order, cost = remove_greedily(block.moments.ridged(), gram, block.columns)
+    # in this order: what H leaves of the memory is free again when A is made
+    inverse = invert_(block.moments.ridged())
+    gram = weighted_gram(block.weights[block.output], block.moments.gradients)
+    order, cost = remove_within(inverse, gram, block.columns)
     return Curve(order, cost)
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from .calibration import split_batches
 from .errors import UsageError
+from .files import save_tensors
 from .shards import Checkpoint
 
 if TYPE_CHECKING:
@@ -127,14 +128,12 @@ class Spill:
         self.folder = folder
 
     def write(self, name: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Write a sequence that is not there before `commit`."""
-        from safetensors.torch import save_file
-
+        """Write a sequence that is not there before `commit`; [`WorkError`] where it cannot be written."""
         part = self.folder / f"{name}.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         for index, tensor in enumerate(tensors):
-            save_file({"tensor": tensor.detach().contiguous()}, part / f"{index:06d}")
+            save_tensors({"tensor": tensor.detach().contiguous()}, part / f"{index:06d}")
 
     def commit(self, name: str) -> Spilled:
         """Let a written sequence be there."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from . import ranks
 from .calibration import Calibration, split_batches
 from .errors import UsageError, WorkError, unknown
+from .factors import mirror_
 from .importance import CRITERIA, Block, Criterion
 from .plan import ModelShape
 from .statistics import KINDS, BlockStatistics, Moments, Statistics
@@ -28,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 #: fewer calibration tokens than this per FFN channel are warned of
 _TOKENS_PER_CHANNEL = 4
+#: 128 MiB in float32, of which a handful are alive at once
+LOGITS_AT_ONCE = 1 << 25
+#: the target of a token that nothing follows
+_NOTHING = -100
 
 
 def collect_statistics(
@@ -145,15 +150,17 @@ class Tap:
         self.tokens = int(ranks.added_up(self.tokens, next(iter(self.linears.values())).weight))
 
     def block(self, seed: int) -> Block:
+        """What the criterion sees; the sums become means, in their own memory."""
         moments = None
         if self.inputs is not None and self.input_sum is not None:
             gradients = self.gradients
             moments = Moments(
                 self.tokens,
-                _mirrored(self.inputs / self.tokens),
+                mirror_(self.inputs.div_(self.tokens).cpu()),
                 (self.input_sum / self.tokens).cpu(),
-                None if gradients is None else _mirrored(gradients / self.tokens),
+                None if gradients is None else mirror_(gradients.div_(self.tokens).cpu()),
             )
+            self.inputs = self.gradients = None
             _check_moments(self.layer, self.kind, moments)
         weights = {name: linear.weight.detach() for name, linear in self.linears.items()}
         return Block(self.layer, self.kind, weights, self.units, moments, self.weight_gradients, seed)
@@ -203,22 +210,48 @@ def _run(model: PreTrainedModel, calibration: Calibration, backward: bool) -> No
             ids = batch.to(device)
             # gradients start at the embeddings' output, so that no weight needs one
             embeds = model.get_input_embeddings()(ids).detach().requires_grad_(backward)
-            logits = model(inputs_embeds=embeds, use_cache=False).logits
+            hidden = model.get_decoder()(inputs_embeds=embeds, use_cache=False).last_hidden_state
             if not backward:
                 continue
             try:
-                loss = next_token_loss(logits, ids)
+                gradient = loss_gradient(hidden, model.get_output_embeddings(), ids, model.config.vocab_size)
             except WorkError as error:
                 raise WorkError(f"{error}, first in {_first_overflow(model, embeds)}") from error
-            loss.backward()
+            hidden.backward(gradient)
 
 
-def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the next token in nats, summed; [`WorkError`] where it is not finite."""
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
-    if not bool(torch.isfinite(loss.detach())):
-        raise WorkError(f"the loss on calibration text is {float(loss.detach())}: the model's activations overflow")
-    return loss
+def loss_gradient(
+    hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor, vocabulary: int
+) -> torch.Tensor:
+    """Of the summed cross-entropy of the next token, in nats, with respect to what the head reads.
+
+    The logits of as many tokens as make `LOGITS_AT_ONCE` are in memory at a time.
+
+    Args:
+        hidden: `(windows, seq_len, hidden)`, after the last norm.
+        head: gives the logits, `(tokens, hidden)` -> `(tokens, vocabulary)`.
+        ids: int64 `(windows, seq_len)`.
+
+    Returns:
+        As `hidden`.
+
+    Raises:
+        WorkError: the loss is not finite.
+    """
+    following = torch.full_like(ids, _NOTHING)
+    following[:, :-1] = ids[:, 1:]
+    rows = hidden.detach().flatten(0, 1)
+    gradient = torch.empty_like(rows)
+    step = max(1, LOGITS_AT_ONCE // vocabulary)
+    for part, wanted, found in zip(
+        rows.split(step), following.flatten().split(step), gradient.split(step), strict=True
+    ):
+        logits = head(part.requires_grad_(True)).float()
+        loss = F.cross_entropy(logits, wanted.to(logits.device), reduction="sum", ignore_index=_NOTHING)
+        if not bool(torch.isfinite(loss.detach())):
+            raise WorkError(f"the loss on calibration text is {float(loss.detach())}: the model's activations overflow")
+        found.copy_(torch.autograd.grad(loss, part)[0])
+    return gradient.view_as(hidden)
 
 
 def _first_overflow(model: PreTrainedModel, embeds: torch.Tensor) -> str:
@@ -294,9 +327,3 @@ def _check_moments(layer: int, kind: str, moments: Moments) -> None:
     for name, value in (("inputs", moments.inputs), ("output gradients", moments.gradients)):
         if value is not None and not bool(torch.isfinite(value).all()):
             raise WorkError(f"layer {layer} {kind}: {name} of {OUTPUT_PROJECTION[kind]} are not finite")
-
-
-def _mirrored(matrix: torch.Tensor) -> torch.Tensor:
-    """`matrix` on the CPU, exactly symmetric as it is stored; products are symmetric up to rounding."""
-    lower = matrix.cpu().tril_()
-    return lower.add_(lower.tril(-1).T)

@@ -15,10 +15,13 @@ from torch import nn
 
 from . import ranks
 from .calibration import Calibration
+from .factors import cholesky_, mirror_, solve_
 from .layerwise import Surroundings, batches_of
 
 #: ridges that are tried, relative to the mean diagonal; the one with the least held-out error is taken
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+#: rows that are converted or multiplied at once
+_ROWS = 2048
 _BLOCKS = {
     "attention": ("self_attn", "input_layernorm", ("q_proj", "k_proj", "v_proj"), "o_proj"),
     "mlp": ("mlp", "post_attention_layernorm", ("gate_proj", "up_proj"), "down_proj"),
@@ -49,21 +52,32 @@ class NormalEquations:
     def add(self, x: torch.Tensor, t: torch.Tensor) -> None:
         """Add rows of x `(tokens, k)` and t `(tokens, d)`; products in float32, sums in float64."""
         x, t = x.flatten(0, -2).float(), t.flatten(0, -2).float()
-        self.gram += (x.T @ x).double().cpu()
-        self.cross += (t.T @ x).double().cpu()
+        _add_double(self.gram, x.T @ x)
+        _add_double(self.cross, t.T @ x)
         self.energy += float(t.square().sum(dtype=torch.float64))
 
     def solve(self, prior: torch.Tensor, ridge: float) -> torch.Tensor:
-        """argmin_W ||T - W X||^2 + r ||W - prior||^2 with r = ridge * mean(diag(gram)): float64 `(d, k)`."""
-        scale = float(self.gram.diagonal().mean())
+        """argmin_W ||T - W X||^2 + r ||W - prior||^2 with r = ridge * mean(diag(gram)): float64 `(d, k)`.
+
+        `prior` is `(d, k)` of any float dtype.
+        """
+        diagonal = self.gram.diagonal().clone()
+        scale = float(diagonal.mean())
         r = ridge * scale if scale > 0 else 1.0
-        gram = self.gram.clone()
-        gram.diagonal().add_(r)
-        return torch.cholesky_solve((self.cross + r * prior).T, torch.linalg.cholesky(gram)).T
+        rows = prior.detach().double().cpu().mul(r).add_(self.cross)
+        # the factor lies in the lower triangle only while it is needed
+        self.gram.diagonal().add_(r)
+        solved = solve_(cholesky_(self.gram), rows)
+        self.gram.diagonal().copy_(diagonal)
+        mirror_(self.gram, from_upper=True)
+        return solved
 
     def error(self, weight: torch.Tensor) -> float:
         """||T - W X||^2 from the sums alone."""
-        return float(((weight @ self.gram) * weight).sum() - 2 * (weight * self.cross).sum()) + self.energy
+        total = 0.0
+        for rows, cross in zip(weight.split(_ROWS), self.cross.split(_ROWS), strict=True):
+            total += float(((rows @ self.gram) * rows).sum() - 2 * (rows * cross).sum())
+        return total + self.energy
 
     def add_up(self, device: torch.device) -> None:
         """Sum over processes, which exchange from `device`."""
@@ -73,8 +87,11 @@ class NormalEquations:
             self.energy = ranks.added_up(self.energy, self.gram)
             self.gram, self.cross = self.gram.cpu(), self.cross.cpu()
 
-    def __add__(self, other: NormalEquations) -> NormalEquations:
-        return NormalEquations(self.gram + other.gram, self.cross + other.cross, self.energy + other.energy)
+    def __iadd__(self, other: NormalEquations) -> NormalEquations:
+        self.gram += other.gram
+        self.cross += other.cross
+        self.energy += other.energy
+        return self
 
 
 def refit_on_pruned_prefix(model: Any, pruned: Any, calibration: Calibration) -> None:
@@ -183,8 +200,8 @@ class Walk:
             linear = block.get_submodule(name)
             prior = linear.weight.double().cpu()
             # T = W a for the dense inputs a, so its sums follow from those of a
-            fit, held = (NormalEquations(s.gram, prior @ s.cross, 0.0) for s in sums)
-            _assign(linear, _best(fit, held, prior))
+            fit, held = (NormalEquations(s.gram.clone(), prior @ s.cross, 0.0) for s in sums)
+            _assign(linear, _best(fit, held, linear.weight))
 
     def _fit_output(
         self, kind: str, linear: nn.Linear, block: nn.Module, norm: nn.Module, targets: Stream
@@ -202,15 +219,22 @@ class Walk:
             hook.remove()
         for total in sums:
             total.add_up(linear.weight.device)
-        _assign(linear, _best(sums[0], sums[1], linear.weight.double().cpu()))
+        _assign(linear, _best(sums[0], sums[1], linear.weight))
 
 
 def _best(fit: NormalEquations, held: NormalEquations, prior: torch.Tensor) -> torch.Tensor:
-    """Choose the ridge on the held-out sums, then solve with all of them."""
+    """Choose the ridge on the held-out sums, then solve with all of them; `fit` becomes their sum."""
     if not bool(held.gram.any()):
         return fit.solve(prior, RIDGES[len(RIDGES) // 2])
     errors = [held.error(fit.solve(prior, ridge)) for ridge in RIDGES]
-    return (fit + held).solve(prior, RIDGES[errors.index(min(errors))])
+    fit += held
+    return fit.solve(prior, RIDGES[errors.index(min(errors))])
+
+
+def _add_double(total: torch.Tensor, product: torch.Tensor) -> None:
+    """total <- total + product, float32 on any device, by strips: a whole one in float64 would be as large as the total."""
+    for start in range(0, len(total), _ROWS):
+        total[start : start + _ROWS] += product[start : start + _ROWS].double().cpu()
 
 
 def _assign(linear: nn.Linear, weight: torch.Tensor) -> None:

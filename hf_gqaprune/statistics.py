@@ -14,7 +14,7 @@ import torch
 
 from .calibration import Calibration
 from .errors import UsageError
-from .files import new_folder, write_json
+from .files import new_folder, save_tensors, write_json
 from .importance import Curve
 from .plan import LayerShape, ModelShape
 
@@ -43,9 +43,19 @@ class Moments:
     def ridged(self, ridge: float = RIDGE) -> torch.Tensor:
         """H + ridge * mean(diag H) * I in float64; inputs that were always zero get a ridge that costs nothing."""
         h = self.inputs.double()
-        scale = float(h.diagonal().mean())
+        h.diagonal().add_(self.added(ridge))
+        return h
+
+    def added(self, ridge: float = RIDGE) -> float:
+        """What `ridged` adds to the diagonal of H."""
+        scale = float(self.inputs.diagonal().double().mean())
         # below the normal numbers of float32 a sum of squares has too few digits to be positive definite
-        h.diagonal().add_(ridge * scale if scale > torch.finfo(torch.float32).tiny else 1e-12)
+        return ridge * scale if scale > torch.finfo(torch.float32).tiny else 1e-12
+
+    def ridged_columns(self, columns: torch.Tensor) -> torch.Tensor:
+        """`ridged()[:, columns]`, float64 `(n, k)`."""
+        h = self.inputs[:, columns].double()
+        h[columns, torch.arange(len(columns))] += self.added()
         return h
 
 
@@ -63,7 +73,7 @@ class BlockStatistics:
         """A block of a saved folder; raises [`UsageError`] where it is missing."""
         from safetensors import safe_open
 
-        path = folder / _file(layer, kind)
+        path = block_file(folder, layer, kind)
         if not path.exists():
             raise UsageError(f"statistics are incomplete: {path} is missing")
         with safe_open(path, framework="pt") as file:
@@ -113,11 +123,9 @@ class Statistics:
 
     def save_head(self, folder: Path) -> None:
         """Write `statistics.json` and the calibration windows: everything but the blocks."""
-        from safetensors.torch import save_file
-
         calibration = self.calibration
         if calibration is not None:
-            save_file({"ids": calibration.ids.contiguous()}, folder / "calibration.safetensors")
+            save_tensors({"ids": calibration.ids.contiguous()}, folder / "calibration.safetensors")
         write_json(
             folder / "statistics.json",
             {
@@ -157,22 +165,21 @@ class Statistics:
         return Statistics(ModelShape(**source), head["criterion"], blocks, calibration, head["seed"])
 
 
-def _file(layer: int, kind: str) -> str:
-    return f"layer-{layer:03d}.{kind}.safetensors"
+def block_file(folder: Path, layer: int, kind: str) -> Path:
+    """Where a folder of statistics keeps a block."""
+    return folder / f"layer-{layer:03d}.{kind}.safetensors"
 
 
 def save_block(block: BlockStatistics, folder: Path, *, moments: bool = True) -> None:
-    """Write one block's file in one step; symmetric moments are stored as triangles."""
-    from safetensors.torch import save_file
-
+    """Write one block's file in one step, symmetric moments as triangles; [`WorkError`] where it cannot be written."""
     tensors = {"order": block.curve.order, "cost": block.curve.cost}
     m = block.moments if moments else None
     if m is not None:
         tensors |= {"tokens": torch.tensor(m.tokens), "inputs": _triangle(m.inputs), "input_mean": m.input_mean}
         if m.gradients is not None:
             tensors["gradients"] = _triangle(m.gradients)
-    path = folder / _file(block.layer, block.kind)
-    save_file(tensors, path.with_suffix(".part"))
+    path = block_file(folder, block.layer, block.kind)
+    save_tensors(tensors, path.with_suffix(".part"))
     os.rename(path.with_suffix(".part"), path)
 
 

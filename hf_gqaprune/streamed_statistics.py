@@ -6,6 +6,7 @@ through the layers in turn, each run again from its inputs: per layer the operat
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,22 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from .calibration import Calibration, split_batches
 from .errors import UsageError, WorkError, unknown
 from .files import new_folder, refuse_existing, write_json
 from .importance import CRITERIA
 from .layerwise import Layers, Spill
-from .measurement import Tap, check_tokens, check_weights, next_token_loss
+from .measurement import Tap, check_tokens, check_weights, loss_gradient
 from .plan import ModelShape
-from .statistics import KINDS, BlockStatistics, Statistics, save_block
+from .shards import Checkpoint
+from .statistics import KINDS, BlockStatistics, Statistics, block_file, save_block
 from .torch_pruning import trace_units
 from .unfinished import PROGRESS, begin, model_state, sha256, working_folder
 
 
 def stream_statistics(
     model: str | os.PathLike[str],
-    calibration: Calibration,
+    calibration: Calibration | None,
     output: str | os.PathLike[str],
     *,
     criterion: str = "curvature",
@@ -45,7 +48,7 @@ def stream_statistics(
 
     Args:
         model: folder or Hub id of a Llama or pruned Llama checkpoint in safetensors; its files are only read.
-        calibration: the windows.
+        calibration: the windows; None for criteria that need none, and then no moments are kept.
         output: the new statistics folder.
         criterion: a key of `importance.CRITERIA`.
         seed: for the criterion `random`.
@@ -56,8 +59,9 @@ def stream_statistics(
         The statistics in `output`, whose moments are read when they are asked for.
 
     Raises:
-        UsageError: as `prune_checkpoint`, and for an unknown criterion.
-        WorkError: a weight, activation or gradient that is not finite, named; what was finished is kept for `resume`.
+        UsageError: as `prune_checkpoint`, for an unknown criterion, and for one that needs calibration without any.
+        WorkError: a weight, activation or gradient that is not finite, named, or reading or writing failed; what was
+            finished is kept for `resume`.
     """
     from .trainer.models import load_config, local_folder
 
@@ -67,47 +71,65 @@ def stream_statistics(
     folder = local_folder(os.fspath(model))
     config = load_config(folder)
     source = ModelShape.from_config(config)
-    if calibration.ids.shape[1] > config.max_position_embeddings:
+    if calibration is None and CRITERIA[criterion].calibrated:
+        raise UsageError(f"criterion {criterion} needs calibration windows")
+    if calibration is not None and calibration.ids.shape[1] > config.max_position_embeddings:
         limit = config.max_position_embeddings
         raise UsageError(f"windows of {calibration.ids.shape[1]} tokens are longer than the {limit} positions of {folder}")
     layers = Layers(folder, config)
-    check_tokens(calibration, source)
+    if calibration is not None:
+        check_tokens(calibration, source)
     working = working_folder(target)
-    inputs = {
-        "model": model_state(folder, layers.checkpoint),
-        "calibration": sha256(calibration.ids.tolist()),
+    begun = begin(working, resume, overwrite, made_from(folder, layers.checkpoint, calibration, criterion, seed))
+    try:
+        working.mkdir(parents=True, exist_ok=True)
+        write_json(working / PROGRESS, begun)
+        with layers:
+            _Pass(layers, source, calibration, criterion, seed, working).run()
+        blocks = {
+            (index, kind): BlockStatistics.open(working, index, kind)
+            for index, shape in enumerate(source.layers)
+            for kind in KINDS
+            if kind not in shape.skip
+        }
+        with new_folder(target, overwrite) as scratch:
+            Statistics(source, criterion, blocks, calibration, seed).save_head(scratch)
+            for path in working.glob("*.safetensors"):
+                os.rename(path, scratch / path.name)
+        shutil.rmtree(working)
+    except (OSError, WorkError) as error:
+        reason = " ".join(str(error).split())
+        raise WorkError(f"{reason}; what was finished is in {working}: pass --resume to go on, or delete it") from error
+    return Statistics.load(target)
+
+
+def made_from(
+    folder: Path, checkpoint: Checkpoint, calibration: Calibration | None, criterion: str, seed: int
+) -> dict[str, str]:
+    """What the statistics of a model depend on, as `unfinished.begin` compares it."""
+    return {
+        "model": model_state(folder, checkpoint),
+        "calibration": sha256(calibration and calibration.ids.tolist()),
         "criterion": f"{criterion} {seed}",
     }
-    begun = begin(working, resume, overwrite, inputs)
-    working.mkdir(parents=True, exist_ok=True)
-    write_json(working / PROGRESS, begun)
-    with layers:
-        _Pass(layers, source, calibration, criterion, seed, working).run()
-    blocks = {
-        (index, kind): BlockStatistics.open(working, index, kind)
-        for index, shape in enumerate(source.layers)
-        for kind in KINDS
-        if kind not in shape.skip
-    }
-    with new_folder(target, overwrite) as scratch:
-        Statistics(source, criterion, blocks, calibration, seed).save_head(scratch)
-        for path in working.glob("*.safetensors"):
-            os.rename(path, scratch / path.name)
-    shutil.rmtree(working)
-    return Statistics.load(target)
 
 
 class _Pass:
     """Forward through the layers, and back where the criterion looks at gradients."""
 
     def __init__(
-        self, layers: Layers, source: ModelShape, calibration: Calibration, criterion: str, seed: int, working: Path
+        self,
+        layers: Layers,
+        source: ModelShape,
+        calibration: Calibration | None,
+        criterion: str,
+        seed: int,
+        working: Path,
     ) -> None:
         self.layers, self.source, self.working, self.seed = layers, source, working, seed
         self.rule = CRITERIA[criterion]
         self.backward = self.rule.output_gradients or self.rule.weight_gradients
-        self.batches = list(split_batches(calibration.ids, layers.config.vocab_size))
-        self.surroundings = layers.surroundings(calibration.ids.shape[1])
+        self.ids = None if calibration is None else calibration.ids
         self.slices = trace_units(source.layers)
         self.spill = Spill(working)
 
@@ -115,7 +137,13 @@ class _Pass:
         from tqdm.auto import tqdm
 
         count = len(self.source.layers)
+        if self.ids is None:
+            for index in tqdm(range(count), desc="weights", unit="layer", disable=None, leave=False):
+                self._weigh(index)
+            return
         spill = self.spill
+        self.batches = list(split_batches(self.ids, self.layers.config.vocab_size))
+        self.surroundings = self.layers.surroundings(self.ids.shape[1])
         back = self._first(f"gradient-{index}" for index in range(count + 1))
         if back is None:
             done = [index for index in range(count + 1) if spill.has(f"input-{index}")]
@@ -136,10 +164,20 @@ class _Pass:
         """The place of the first sequence that is there."""
         return next((index for index, name in enumerate(names) if self.spill.has(name)), None)
 
+    def _weigh(self, index: int) -> None:
+        """The curves of a layer from its weights alone, unless they are there."""
+        kinds = [kind for kind in KINDS if kind not in self.source.layers[index].skip]
+        if all(block_file(self.working, index, kind).exists() for kind in kinds):
+            return
+        with self.layers.layer(index) as layer:
+            check_weights({index: layer})
+            self._save([Tap(index, kind, layer, self.slices[index]) for kind in kinds])
+
     def _forward(self, index: int) -> None:
         """The inputs of the next layer; without a backward pass also the statistics of this one."""
         spill = self.spill
         with self.layers.layer(index) as layer, ExitStack() as stack:
+            check_weights({index: layer})
             taps = [] if self.backward else self._taps(index, layer, stack)
             with torch.no_grad():
                 outputs = (self.surroundings.run(layer, hidden) for hidden in spill.read(f"input-{index}"))
@@ -153,8 +191,8 @@ class _Pass:
         """Of the summed next-token loss with respect to what the last layer puts out."""
         norm, head = self.layers.head()
         for ids, hidden in zip(self.batches, self.spill.read(f"input-{count}"), strict=True):
-            hidden.requires_grad_(True)
-            next_token_loss(torch.nn.functional.linear(norm(hidden), head), ids).backward()
+            normed = norm(hidden.requires_grad_(True))
+            normed.backward(loss_gradient(normed, functools.partial(F.linear, weight=head), ids, len(head)))
             yield _gradient(hidden)
 
     def _back(self, index: int) -> None:
@@ -177,7 +215,6 @@ class _Pass:
             spill.drop(name)
 
     def _taps(self, index: int, layer: Any, stack: ExitStack) -> list[Tap]:
-        check_weights({index: layer})
         taps = [Tap(index, kind, layer, self.slices[index]) for kind in KINDS if kind not in self.source.layers[index].skip]
         for tap in taps:
             tap.attach(stack, True, self.rule.output_gradients, self.rule.weight_gradients)

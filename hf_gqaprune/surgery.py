@@ -9,6 +9,7 @@ import torch
 
 from .correction import natural_gradient_steps
 from .errors import UsageError, unknown
+from .factors import cholesky_, solve_
 from .measurement import check_outer_weights, check_weights
 from .plan import LayerPlan, LayerShape, PruningPlan
 from .reconstruction import refit_on_pruned_prefix
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 #: from the best to the cheapest
 COMPENSATIONS = ("natural_gradient", "least_squares", "bias", "none")
+#: columns of a second moment that are converted to float64 at once
+_COLUMNS = 2048
 _NORMS = {"attention": "input_layernorm.weight", "mlp": "post_attention_layernorm.weight"}
 
 
@@ -162,10 +165,13 @@ def refit_columns(weight: torch.Tensor, moments: Moments, columns: torch.Tensor)
     Returns:
         `(d, k)` in the dtype and on the device of `weight`.
     """
-    h = moments.ridged()
-    target = weight.detach().double().cpu() @ h[:, columns]  # (d, k)
-    factor = torch.linalg.cholesky(h[columns][:, columns])
-    solved = torch.cholesky_solve(target.T, factor).T
+    dense = weight.detach().double().cpu()
+    # H in float64 would be twice what is there in float32: columns come a few at a time, then the square that stays
+    target = torch.cat([dense @ moments.ridged_columns(some) for some in columns.split(_COLUMNS)], 1)  # (d, k)
+    del dense
+    square = moments.inputs[columns][:, columns].double()
+    square.diagonal().add_(moments.added())
+    solved = solve_(cholesky_(square), target)
     return solved.to(device=weight.device, dtype=weight.dtype).contiguous()
 
 

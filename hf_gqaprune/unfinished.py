@@ -33,9 +33,8 @@ def begin(
     fresh: dict[str, Any] = {"version": VERSION, "inputs": inputs, **{name: {} for name in notes}}
     if not path.exists():
         return fresh
+    refuse_unfinished(working, resume, overwrite)
     if not resume:
-        if not overwrite:
-            raise UsageError(f"{working} is of an interrupted call: pass --resume to go on with it, or delete it")
         shutil.rmtree(working)
         return fresh
     try:
@@ -49,6 +48,12 @@ def begin(
     if differing:
         raise UsageError(f"{working} was begun with another {differing[0]}: give the same one, or delete it to begin anew")
     return noted
+
+
+def refuse_unfinished(working: Path, resume: bool, overwrite: bool) -> None:
+    """Raise [`UsageError`] where an interrupted call left `working`, and this one neither goes on with it nor drops it."""
+    if (working / PROGRESS).exists() and not (resume or overwrite):
+        raise UsageError(f"{working} is of an interrupted call: pass --resume to go on with it, or delete it")
 
 
 def model_state(folder: Path, checkpoint: Checkpoint) -> str:

@@ -28,6 +28,7 @@ from hf_gqaprune import (
     stream_statistics,
 )
 from hf_gqaprune.layerwise import Layers
+from hf_gqaprune.measurement import loss_gradient
 from hf_gqaprune.trainer.models import load_model
 
 SHAPES: dict[str, tuple[dict[str, Any], torch.dtype]] = {
@@ -82,6 +83,7 @@ def test_streamed_statistics_are_those_of_the_model_in_memory(tmp_path: Path, sh
 
 def test_batches_are_summed_as_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_gqaprune.calibration.TOKENS_PER_BATCH", 36)
+    monkeypatch.setattr("hf_gqaprune.measurement.LOGITS_AT_ONCE", 48 * 10)
     model = saved(tmp_path / "dense", layers=2)
     streamed = stream_statistics(tmp_path / "dense", windows(), tmp_path / "statistics")
     assert_same(streamed, collect_statistics(model, windows()))
@@ -229,3 +231,15 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
     with pytest.raises(WorkError, match=r"layer 1: mlp.up_proj.weight holds values that are not finite"):
         stream_statistics(tmp_path / "dense", windows(), tmp_path / "out", criterion="wanda")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_loss_goes_back_the_same_whether_its_logits_are_whole_or_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = token_ids(3, 12)
+    hidden = torch.randn(3, 12, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    head = torch.nn.Linear(5, 48, bias=False)
+    loss = torch.nn.functional.cross_entropy(head(hidden)[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    (expected,) = torch.autograd.grad(loss, hidden)
+    assert torch.allclose(loss_gradient(hidden, head, ids, 48), expected, atol=1e-6)
+    for tokens in (1, 7, 36):
+        monkeypatch.setattr("hf_gqaprune.measurement.LOGITS_AT_ONCE", tokens * 48)
+        assert torch.allclose(loss_gradient(hidden, head, ids, 48), expected, atol=1e-6)

@@ -1,0 +1,140 @@
+"""Symmetric positive definite matrices go in; their factors, inverses and solutions come out in the same memory.
+
+Of a matrix the lower triangle is read and replaced. Above `_BLOCK` rows the work goes block by block, so that beside a
+matrix there is a strip of it and never a second one; up to there LAPACK does it whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.linalg import solve_triangular
+
+#: rows and columns that are factored, inverted or solved with at once
+_BLOCK = 2048
+
+
+def cholesky_(matrix: torch.Tensor) -> torch.Tensor:
+    """Put L with L L^T = `matrix` into its lower triangle; what is above the diagonal stays as it was.
+
+    Args:
+        matrix: symmetric positive definite `(n, n)`; its lower triangle counts.
+
+    Returns:
+        `matrix`.
+
+    Raises:
+        torch.linalg.LinAlgError: it is not positive definite.
+    """
+    n = len(matrix)
+    for start, end in _blocks(0, n):
+        square = matrix[start:end, start:end]
+        factor = torch.linalg.cholesky(square)
+        square.copy_(factor + square.triu(1))
+        for first, last in _blocks(end, n):
+            rows = matrix[first:last, start:end]
+            rows.copy_(solve_triangular(factor.T, rows, upper=True, left=False))
+        for first, last in _blocks(end, n):
+            rows = matrix[first:last, start:end]
+            matrix[first:last, end:first].addmm_(rows, matrix[end:first, start:end].T, alpha=-1)
+            matrix[first:last, first:last].sub_((rows @ rows.T).tril())
+    return matrix
+
+
+def invert_(matrix: torch.Tensor) -> torch.Tensor:
+    """The inverse of `matrix`, but for what `fill_` adds.
+
+    Args:
+        matrix: symmetric positive definite `(n, n)`, used up.
+
+    Returns:
+        `(n, n)`, in the memory of `matrix` where that is large.
+
+    Raises:
+        torch.linalg.LinAlgError: it is not positive definite.
+    """
+    n = len(matrix)
+    if n <= _BLOCK:
+        return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    cholesky_(matrix)
+    # L^-1, from the last columns to the first, each from its last rows to the first
+    for start, end in reversed(list(_blocks(0, n))):
+        square = matrix[start:end, start:end]
+        inverse = solve_triangular(square, torch.eye(end - start, dtype=matrix.dtype), upper=False)
+        for first, last in reversed(list(_blocks(end, n))):
+            rows = matrix[first:last, first:last].tril() @ matrix[first:last, start:end]
+            rows.addmm_(matrix[first:last, end:first], matrix[end:first, start:end])
+            matrix[first:last, start:end] = -rows @ inverse
+        square.copy_(inverse)
+    # L^-T L^-1, from the first rows to the last: each needs the rows from its own on
+    for start, end in _blocks(0, n):
+        own = matrix[start:end, :end]
+        own[:, start:].tril_()
+        rows = own[:, start:].T @ own
+        rows.addmm_(matrix[end:, start:end].T, matrix[end:, :end])
+        own.copy_(rows)
+    return matrix
+
+
+def solve_(factor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """X with X L L^T = `rows`.
+
+    Args:
+        factor: L in the lower triangle of `(n, n)`; above the diagonal there may be anything.
+        rows: `(d, n)`, used up.
+
+    Returns:
+        `(d, n)`, in the memory of `rows` where that is large.
+    """
+    n = len(factor)
+    if n <= _BLOCK:
+        return torch.cholesky_solve(rows.T, factor).T
+    for start, end in _blocks(0, n):
+        part = rows[:, start:end]
+        part.addmm_(rows[:, :start], factor[start:end, :start].T, alpha=-1)
+        part.copy_(solve_triangular(factor[start:end, start:end].T, part, upper=True, left=False))
+    for start, end in reversed(list(_blocks(0, n))):
+        part = rows[:, start:end]
+        part.addmm_(rows[:, end:], factor[end:, start:end], alpha=-1)
+        part.copy_(solve_triangular(factor[start:end, start:end], part, upper=False, left=False))
+    return rows
+
+
+def fill_(matrix: torch.Tensor) -> torch.Tensor:
+    """Complete a symmetric `(n, n)` in place of which all but the squares along the diagonal lacks its upper half."""
+    for start, end in _blocks(0, len(matrix)):
+        matrix[:start, start:end] = matrix[start:end, :start].T
+    return matrix
+
+
+def mirror_(matrix: torch.Tensor, *, from_upper: bool = False) -> torch.Tensor:
+    """Make `(n, n)` symmetric in place, by its lower triangle or by its upper one."""
+    lower = matrix.T if from_upper else matrix
+    for start, end in _blocks(0, len(matrix)):
+        lower[:start, start:end] = lower[start:end, :start].T
+        square = lower[start:end, start:end]
+        square.copy_(square.tril() + square.tril(-1).T)
+    return matrix
+
+
+def weighted_gram(weight: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
+    """W^T G W in float64 on the CPU, but for what `fill_` adds.
+
+    Args:
+        weight: W, `(d, n)`, any float dtype.
+        metric: G, symmetric `(d, d)`, any float dtype.
+    """
+    w, g = weight.double().cpu(), metric.double().cpu()
+    n = w.shape[1]
+    # memory that is not written to is not taken
+    gram = torch.empty(n, n, dtype=torch.float64)
+    for start, end in _blocks(0, n):
+        torch.mm(w[:, start:end].T @ g, w[:, :end], out=gram[start:end, :end])
+    return gram
+
+
+def _blocks(start: int, end: int) -> Iterator[tuple[int, int]]:
+    """`start` to `end` in steps of `_BLOCK`."""
+    for first in range(start, end, _BLOCK):
+        yield first, min(first + _BLOCK, end)
