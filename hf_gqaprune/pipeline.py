@@ -9,122 +9,26 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import identity, ranks
-from .errors import UsageError, WorkError, unknown
+from .errors import UsageError, WorkError
 from .files import new_folder, refuse_existing, write_json, write_text
+from .preparation import Prepared, PruneRequest, prepare
 from .recipe import Recipe, RecoverRecipe
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
-    from .calibration import Calibration
     from .plan import PruningPlan
     from .statistics import Statistics
 
 PLAN, PRUNED, RECOVERED, REPORT, PLOT, STATE = (
     "plan.json", "pruned", "recovered", "report.json", "report.png", "run.json",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class PruneRequest:
-    """What `plan` and `prune` are asked for; see `make_plan`, `prune` and `Calibration.from_text` for the fields."""
-
-    model: str
-    ratio: float | None = None
-    backbone_ratio: float | None = None
-    criterion: str | None = None
-    allocation: str = "global"
-    temperature: float | None = None
-    attention_share: float | None = None
-    rates: tuple[float, ...] | None = None
-    min_kv_heads: int = 1
-    min_ffn: int = 1
-    keep_layers: tuple[int, ...] = ()
-    round_to: int | None = None
-    compensation: str = "natural_gradient"
-    calibration: tuple[str, ...] = ()
-    samples: int = 128
-    seq_len: int | None = None
-    seed: int = 0
-    statistics: str | None = None
-    save_statistics: str | None = None
-    plan: str | None = None
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A request whose every part was found to make sense, before any weight was read."""
-
-    request: PruneRequest
-    folder: Path
-    criterion: str
-    plan: PruningPlan | None
-    statistics: Statistics | None
-    calibration: Calibration | None
-
-
-def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
-    """Check a request against the config, names and texts that it names; no weight is read.
-
-    Args:
-        request: what is asked for.
-        planning_only: no weights will be written, so that nothing has to be re-fitted.
-
-    Raises:
-        UsageError: for whatever makes no sense.
-    """
-    from .calibration import Calibration
-    from .importance import CRITERIA, DEFAULT
-    from .plan import ModelShape, PruningPlan
-    from .planner import Demand, check_budget
-    from .statistics import Statistics
-    from .surgery import COMPENSATIONS
-    from .trainer.models import check_weights, load_config, load_tokenizer, local_folder
-
-    statistics = Statistics.load(request.statistics) if request.statistics else None
-    criterion = request.criterion or (statistics.criterion if statistics else DEFAULT)
-    if criterion not in CRITERIA:
-        raise unknown("criterion", criterion, CRITERIA)
-    if statistics is not None and request.plan is None and criterion != statistics.criterion:
-        raise UsageError(
-            f"the statistics in {request.statistics} were collected for criterion {statistics.criterion}, "
-            f"not {criterion}: leave --criterion or --statistics out"
-        )
-    if request.compensation not in COMPENSATIONS:
-        raise unknown("compensation", request.compensation, COMPENSATIONS)
-    folder = local_folder(request.model)
-    config = load_config(folder)
-    shape = ModelShape.from_config(config)
-    scored = request.allocation in ("layer_importance", "search") and request.plan is None
-    if not (planning_only and criterion == "random") or scored:
-        check_weights(folder)
-    plan = None
-    if request.plan is not None:
-        plan = PruningPlan.load(request.plan)
-        plan.check_model(config)
-    else:
-        check_budget(shape, Demand(**_demand(request)))
-    if statistics is not None and statistics.source != shape:
-        raise UsageError(f"the statistics in {request.statistics} were collected on a model of other sizes")
-    refit = request.compensation != "none" and not planning_only
-    measured = CRITERIA[criterion].calibrated and plan is None
-    calibration = None
-    if (statistics is None and (measured or refit)) or (scored and not (statistics and statistics.calibration)):
-        limit = int(config.max_position_embeddings)
-        seq_len = min(2048, limit) if request.seq_len is None else request.seq_len
-        if seq_len > limit:
-            raise UsageError(f"seq_len={seq_len} is longer than the {limit} positions of {request.model}")
-        tokenizer = load_tokenizer(folder)
-        sources = request.calibration or ("wikitext2",)
-        calibration = Calibration.from_text(
-            tokenizer, sources, samples=request.samples, seq_len=seq_len, seed=request.seed
-        )
-    return Prepared(request, folder, criterion, plan, statistics, calibration)
 
 
 def decide(prepared: Prepared, model: PreTrainedModel) -> tuple[PruningPlan, Statistics]:
@@ -136,10 +40,12 @@ def decide(prepared: Prepared, model: PreTrainedModel) -> tuple[PruningPlan, Sta
     request = prepared.request
     statistics = prepared.statistics
     if statistics is None:
-        # a saved plan needs no curves: only what re-fitting reads is measured
-        criterion = prepared.criterion if prepared.plan is None else "magnitude"
         statistics = collect_statistics(
-            model, prepared.calibration, criterion=criterion, moments=prepared.calibration is not None, seed=request.seed
+            model,
+            prepared.calibration,
+            criterion=prepared.measured,
+            moments=prepared.calibration is not None,
+            seed=request.seed,
         )
         if request.save_statistics and ranks.index() == 0:
             statistics.save(request.save_statistics)
@@ -148,26 +54,35 @@ def decide(prepared: Prepared, model: PreTrainedModel) -> tuple[PruningPlan, Sta
     windows, how = prepared.calibration or statistics.calibration, request.allocation
     scores = measure(model, windows) if windows and how == "layer_importance" else None
     searched = model if how == "search" else None
-    return make_plan(statistics, model=searched, layer_scores=scores, **_demand(request)), statistics
+    return make_plan(statistics, model=searched, layer_scores=scores, **request.demand()), statistics
 
 
-def _demand(request: PruneRequest) -> dict[str, Any]:
-    """The arguments of `make_plan` that say how much goes, and from where."""
-    from .planner import Demand
+def plan_model(
+    request: PruneRequest, output: str | Path, *, overwrite: bool = False, resume: bool = False
+) -> PruningPlan:
+    """The dry run: decide, write the plan alone. `random` reads the config alone.
 
-    names = [field.name for field in fields(Demand) if field.name != "bias"]
-    return {name: getattr(request, name) for name in names} | {"bias": request.compensation == "bias"}
+    With `request.memory` the model is measured layer by layer, which may be resumed: see `bounded`.
+    """
+    from .bounded import measured
+    from .planner import load_for_planning, make_plan
 
-
-def plan_model(request: PruneRequest) -> PruningPlan:
-    """The dry run: decide, write no weights. `random` reads the config alone."""
-    from .planner import load_for_planning
-
-    device = ranks.join()
+    target = refuse_existing(output, overwrite)
+    if resume and not request.memory:
+        raise UsageError("only a plan with --memory can be resumed: leave --resume out")
+    device = _device(request)
     prepared = prepare(request, planning_only=True)
     weights = prepared.criterion != "random" or request.allocation in ("layer_importance", "search")
+    if request.memory and weights:
+        with measured(prepared, target, overwrite=overwrite, resume=resume) as statistics:
+            plan = make_plan(statistics, **request.demand())
+            plan.save(target)
+        return plan
     model = load_for_planning(prepared.folder, weights=weights)
-    return decide(prepared, model.to(device) if weights and device else model)[0]
+    plan = decide(prepared, model.to(device) if weights and device else model)[0]
+    if ranks.index() == 0:
+        plan.save(target)
+    return plan
 
 
 def prune_model(
@@ -175,33 +90,34 @@ def prune_model(
 ) -> PruningPlan:
     """Decide, prune, and write the checkpoint with tokenizer, generation config, plan and licence files.
 
-    A saved plan without compensation is replayed shard by shard, and may be resumed: see `prune_checkpoint`.
+    A saved plan without compensation is replayed shard by shard; with `request.memory` everything goes layer by layer.
+    Both may be resumed: see `prune_checkpoint` and `bounded`.
 
     Returns:
         The plan that was applied to `request.model`. The checkpoint's own, in `prune_plan.json`, begins at the dense
         model where `request.model` was pruned before; that one's hash is in `gqaprune.json`.
     """
+    from .bounded import prune_bounded
     from .plan import PruningPlan
-    from .streaming import prune_checkpoint
     from .surgery import prune
     from .trainer.merge import write_checkpoint
     from .trainer.models import load_model
 
     refuse_existing(output, overwrite)
-    replayed = request.plan is not None and request.compensation == "none"
-    if resume and not replayed:
-        raise UsageError("only a saved plan that is applied without compensation can be resumed: leave --resume out")
-    device = ranks.join()
+    replayed = request.plan is not None and request.fitting == "none"
+    if resume and not (replayed or request.memory):
+        raise UsageError(
+            "only what goes layer by layer can be resumed, --memory SIZE or a saved plan without compensation: "
+            "leave --resume out"
+        )
+    device = _device(request)
     prepared = prepare(request)
-    if replayed and prepared.plan is not None:
-        if device is not None:
-            raise UsageError("a saved plan without compensation is replayed by one process: leave accelerate launch out")
-        prune_checkpoint(prepared.folder, prepared.plan, output, overwrite=overwrite, resume=resume)
-        return prepared.plan
+    if replayed or request.memory:
+        return prune_bounded(prepared, output, overwrite=overwrite, resume=resume)
     model = load_model(prepared.folder)
     model = model.to(device) if device else model
     plan, statistics = decide(prepared, model)
-    pruned = prune(model, plan, statistics, compensation=request.compensation, inplace=True)
+    pruned = prune(model, plan, statistics, compensation=request.fitting, inplace=True)
     if ranks.index() == 0:
         base = identity.fingerprint(prepared.folder)
         with new_folder(output, overwrite) as scratch:
@@ -209,6 +125,17 @@ def prune_model(
             write_checkpoint(pruned, prepared.folder, scratch, plan_hash=whole.hash(), base_fingerprint=base)
     ranks.wait()
     return plan
+
+
+def _device(request: PruneRequest) -> torch.device | None:
+    """Where this process computes under `accelerate launch`; [`UsageError`] for what is done by one process."""
+    device = ranks.join()
+    streamed = request.memory or (request.plan is not None and request.fitting == "none")
+    if device is not None and streamed:
+        raise UsageError(
+            "--memory, and a saved plan without compensation, are the work of one process: leave accelerate launch out"
+        )
+    return device
 
 
 def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> str:
@@ -233,7 +160,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> str
     stages = _Stages(folder)
     write_text(folder / "recipe.yaml", recipe.without_paths().to_yaml())
     base = {"model": recipe.model, "seed": recipe.seed, "calibration": recipe.calibration, "prune": recipe.prune}
-    stages.do(PRUNED, base, lambda _: _prune(request, folder))
+    stages.do(PRUNED, base, lambda again: _prune(request, folder, again))
     final = PRUNED
     if recipe.recover is not None:
         base["recover"] = recipe.recover
@@ -346,8 +273,9 @@ def _recovery(recipe: Recipe, recover: RecoverRecipe) -> dict[str, Any]:
     }
 
 
-def _prune(request: PruneRequest, folder: Path) -> None:
-    plan = prune_model(request, folder / PRUNED, overwrite=True)
+def _prune(request: PruneRequest, folder: Path, again: bool) -> None:
+    # what an interrupted run left of another recipe is dropped
+    plan = prune_model(request, folder / PRUNED, overwrite=True, resume=again and request.memory is not None)
     plan.save(folder / PLAN)
     print(plan, flush=True)
 

@@ -38,7 +38,8 @@ class CalibrationRecipe:
 class PruneRecipe:
     """How much is removed, and which units. Exactly one of `ratio` (of all parameters) and `backbone_ratio`.
 
-    See `make_plan` for the fields. `allocation` is `global`, `search`, `uniform` or `layer_importance`.
+    See `make_plan` for the fields. `allocation` is `global`, `search`, `uniform` or `layer_importance`. `compensation` is
+    `natural_gradient` unless said otherwise, with `memory` (such as `8GiB`, a bound on this stage alone) `least_squares`.
     """
 
     ratio: float | None = None
@@ -49,7 +50,8 @@ class PruneRecipe:
     attention_share: float | None = None
     keep_layers: tuple[int, ...] = ()
     round_to: int | None = None
-    compensation: str = "natural_gradient"
+    compensation: str | None = None
+    memory: str | None = None
 
 
 @dataclass(frozen=True)

@@ -80,10 +80,9 @@ def plan(parser: argparse.ArgumentParser) -> None:
     _budget(parser.add_argument_group("how much", "exactly one"))
     units = parser.add_argument_group("which units")
     _choices(units)
-    units.add_argument(
-        "--compensation", default="natural_gradient", metavar="C", help="what prune will be told; bias counts its biases"
-    )
+    units.add_argument("--compensation", metavar="C", help="what prune will be told; bias counts its biases")
     _calibration(parser.add_argument_group("calibration"))
+    _bound(parser.add_argument_group("how"))
 
 
 def prune(parser: argparse.ArgumentParser) -> None:
@@ -94,15 +93,12 @@ def prune(parser: argparse.ArgumentParser) -> None:
     _choices(units)
     units.add_argument(
         "--compensation",
-        default="natural_gradient",
         metavar="C",
-        help="natural_gradient (default), least_squares (closed form only, a fraction of the time), bias (the mean of "
-        "what went, as biases that count) or none",
-    )
-    units.add_argument(
-        "--resume", action="store_true", help="go on with an interrupted --plan PLAN --compensation none"
+        help="natural_gradient (default), least_squares (closed form only, a fraction of the time; default with --memory), "
+        "bias (the mean of what went, as biases that count) or none",
     )
     _calibration(parser.add_argument_group("calibration"))
+    _bound(parser.add_argument_group("how"))
 
 
 def recover(parser: argparse.ArgumentParser) -> None:
@@ -234,6 +230,18 @@ def _choices(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--round-to", type=count, metavar="N", help="make FFN widths multiples of N; the ratio is then met to half of that"
     )
+
+
+def _bound(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--memory", metavar="SIZE",
+        help="bound on the memory of the process, such as 8GiB: the model is read layer by layer, the rest waits on disk",
+    )  # fmt: skip
+    group.add_argument(
+        "--resume", action="store_true",
+        help="go on after the last layer that an interrupted call finished: with --memory, or a saved plan without "
+        "compensation",
+    )  # fmt: skip
 
 
 def _calibration(group: argparse._ArgumentGroup) -> None:

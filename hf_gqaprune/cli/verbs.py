@@ -12,7 +12,7 @@ from ..errors import UsageError, unknown
 from ..files import refuse_existing, write_text
 
 if TYPE_CHECKING:
-    from ..pipeline import PruneRequest
+    from ..preparation import PruneRequest
 
 
 def run(args: argparse.Namespace) -> None:
@@ -28,10 +28,8 @@ def plan(args: argparse.Namespace) -> None:
     """Decide and print; write the plan alone."""
     from .. import pipeline, ranks
 
-    refuse_existing(args.output, args.overwrite)
-    chosen = pipeline.plan_model(_prune_request(args))
+    chosen = pipeline.plan_model(_prune_request(args), args.output, overwrite=args.overwrite, resume=args.resume)
     if ranks.index() == 0:
-        chosen.save(args.output)
         print(f"{chosen}\n\nwritten to {args.output}")
 
 
@@ -162,7 +160,7 @@ def env(args: argparse.Namespace) -> None:
 
 
 def _prune_request(args: argparse.Namespace) -> PruneRequest:
-    from ..pipeline import PruneRequest
+    from ..preparation import PruneRequest
 
     return PruneRequest(
         model=args.model,
@@ -185,4 +183,5 @@ def _prune_request(args: argparse.Namespace) -> PruneRequest:
         statistics=args.statistics,
         save_statistics=args.save_statistics and str(refuse_existing(Path(args.save_statistics), False)),
         plan=getattr(args, "plan", None),
+        memory=args.memory,
     )

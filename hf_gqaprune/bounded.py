@@ -1,0 +1,96 @@
+"""A prepared request goes in; the plan, or the pruned checkpoint, is written with one decoder layer in memory at a time.
+
+Statistics wait in a hidden folder until what they are for is whole, so that `--resume` finds them at any later step.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import UsageError
+from .files import refuse_existing, write_json
+from .preparation import Prepared
+from .unfinished import PROGRESS, begin, refuse_unfinished, working_folder
+
+if TYPE_CHECKING:
+    from .plan import PruningPlan
+    from .statistics import Statistics
+
+
+@contextmanager
+def measured(prepared: Prepared, target: Path, *, overwrite: bool, resume: bool) -> Iterator[Statistics]:
+    """The statistics that a request names, or streamed ones, kept beside `target` until the block ends without an error.
+
+    Beside `save_statistics` where that is asked for, which then becomes their name.
+
+    Raises:
+        UsageError: `save_statistics` exists, or the folder is of an interrupted call and this one may not go on with it.
+        WorkError: as `stream_statistics`.
+    """
+    if prepared.statistics is not None:
+        yield prepared.statistics
+        return
+    kept = prepared.request.save_statistics
+    place = refuse_existing(kept, False) if kept else target
+    working = place.absolute().parent / f".{place.name}.measured"
+    yield _stream(prepared, working, overwrite=overwrite, resume=resume)
+    if kept:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(working / "statistics", place)
+    shutil.rmtree(working)
+
+
+def prune_bounded(prepared: Prepared, output: str | Path, *, overwrite: bool, resume: bool) -> PruningPlan:
+    """Measure, decide and prune layer by layer, or replay a saved plan; what `prune_model` says of `request.memory`.
+
+    Returns:
+        The plan that was applied.
+
+    Raises:
+        UsageError: as `prune_checkpoint`, before any work.
+        WorkError: something failed; what was finished is kept for `resume`.
+    """
+    from .planner import make_plan
+    from .streaming import prune_checkpoint
+
+    request, target = prepared.request, Path(output)
+    # hours before prune_checkpoint would say so
+    refuse_unfinished(working_folder(target), resume, overwrite)
+    if target.resolve() == prepared.folder.resolve():
+        raise UsageError(f"{target} is the model itself, which stays as it is: choose another output")
+    compensation = request.fitting
+    if prepared.plan is not None and compensation == "none":
+        prune_checkpoint(prepared.folder, prepared.plan, target, overwrite=overwrite, resume=resume)
+        return prepared.plan
+    with measured(prepared, target, overwrite=overwrite, resume=resume) as statistics:
+        plan = prepared.plan or make_plan(statistics, **request.demand())
+        moments = statistics if compensation != "none" else None
+        prune_checkpoint(
+            prepared.folder, plan, target, moments, compensation=compensation, overwrite=overwrite, resume=resume
+        )
+    return plan
+
+
+def _stream(prepared: Prepared, working: Path, *, overwrite: bool, resume: bool) -> Statistics:
+    """Measure into `working`, or take what an interrupted call has measured there."""
+    from .layerwise import Layers
+    from .statistics import Statistics
+    from .streamed_statistics import made_from, stream_statistics
+    from .trainer.models import load_config
+
+    folder, seed = prepared.folder, prepared.request.seed
+    checkpoint = Layers(folder, load_config(folder)).checkpoint
+    inputs = made_from(folder, checkpoint, prepared.calibration, prepared.measured, seed)
+    begun = begin(working, resume, overwrite, inputs)
+    working.mkdir(parents=True, exist_ok=True)
+    write_json(working / PROGRESS, begun)
+    done = working / "statistics"
+    if done.exists():
+        return Statistics.load(done)
+    # what `begin` let through was begun with the same inputs
+    return stream_statistics(folder, prepared.calibration, done, criterion=prepared.measured, seed=seed, resume=True)

@@ -1,0 +1,168 @@
+"""Sizes go in; what the process needs at its most, stage by stage, comes out, by arithmetic alone.
+
+A bound on memory never changes how the work is split: results would then depend on it. It is met or refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .importance import Criterion
+    from .plan import LayerShape, ModelShape
+
+_UNITS = {
+    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+#: libraries, their workspaces and what the allocator keeps
+PROCESS = 3 << 28
+#: a piece of a tensor that is read, hashed and written, and its copy
+_PIECE = 1 << 27
+_SHORT = 256  # tokens of a window that is proposed where windows are what takes the memory
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `6GiB`, `8GB` or `512MiB`; [`UsageError`] for what is no such size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b)", text.strip(), re.IGNORECASE)
+    size = float(match[1]) * _UNITS.get(match[2].upper(), 0) if match else 0
+    if size < 1:
+        raise UsageError(f"--memory {text!r} is not a size such as 6GiB, 8GB or 512MiB")
+    return int(size)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done within a bound.
+
+    Attributes:
+        shape: of the model.
+        itemsize: bytes of one of its weights.
+        windows, seq_len: calibration windows; none where the criterion looks at weights alone.
+        measured: the criterion, None where nothing is measured.
+        refitted: whether `least_squares` is done.
+        cut: whether weights are written.
+    """
+
+    shape: ModelShape
+    itemsize: int
+    windows: int
+    seq_len: int
+    measured: Criterion | None
+    refitted: bool
+    cut: bool
+
+    @property
+    def batch(self) -> int:
+        """Tokens of the largest batch, as `calibration.split_batches` makes them."""
+        from .calibration import LOGITS_PER_BATCH, TOKENS_PER_BATCH
+
+        tokens = min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // self.shape.vocab_size)
+        return min(self.windows, max(1, tokens // max(1, self.seq_len))) * self.seq_len
+
+    def stages(self) -> dict[str, int]:
+        """Bytes that each stage takes beside `PROCESS`, at most."""
+        found = {}
+        if self.windows and (self.measured or self.refitted):
+            found["the embeddings"] = self._vocabulary() + 3 * self.batch * self.shape.hidden_size * self.itemsize
+        if self.measured and self.measured.calibrated and self.windows:
+            found["the head"] = self._head()
+        for layer in set(self.shape.layers):
+            if self.measured:
+                _most(found, "measuring a layer", self._measuring(self.measured, layer))
+            if self.refitted:
+                _most(found, "re-fitting a layer", self._refitting(layer))
+            if self.cut:
+                _most(found, "cutting a layer", self._weights(layer) + self._largest(layer) + _PIECE)
+        return found
+
+    def peak(self) -> tuple[str, int]:
+        """The stage that takes most, and the memory that the process then has."""
+        stages = {"the process": 0, **self.stages()}
+        name = max(stages, key=lambda stage: stages[stage])
+        return name, PROCESS + stages[name]
+
+    def _vocabulary(self) -> int:
+        return self.shape.vocab_size * self.shape.hidden_size * self.itemsize
+
+    def _head(self) -> int:
+        """Its weight, and a copy that a product makes of it; some rows of logits, their softmax and its gradients."""
+        from .measurement import LOGITS_AT_ONCE
+
+        logits = max(LOGITS_AT_ONCE, self.shape.vocab_size) * (2 * self.itemsize + 12)
+        return 2 * self._vocabulary() + logits + 6 * self.batch * self.shape.hidden_size * 4
+
+    def _weights(self, layer: LayerShape) -> int:
+        return (self.shape.attention_parameters(layer) + self.shape.mlp_parameters(layer)) * self.itemsize
+
+    def _largest(self, layer: LayerShape) -> int:
+        return max(layer.ffn, layer.query_heads * layer.head_dim) * self.shape.hidden_size * self.itemsize
+
+    def _activations(self, layer: LayerShape) -> int:
+        """What one batch leaves in a layer for the backward pass, the norms in float32."""
+        width = layer.query_heads * layer.head_dim
+        return self.batch * (10 * self.shape.hidden_size + 8 * width + 6 * layer.ffn) * max(self.itemsize, 3)
+
+    def _measuring(self, rule: Criterion, layer: LayerShape) -> int:
+        """A layer, its sums, and a batch on its way or the greedy removal in the widest block."""
+        d, attention, ffn = self.shape.hidden_size, layer.query_heads * layer.head_dim, layer.ffn
+        weights = self._weights(layer)
+        if not self.windows:
+            return weights + 12 * self._largest(layer) // self.itemsize
+        sums = 4 * (attention**2 + ffn**2)
+        if rule.output_gradients:
+            sums += 2 * 4 * d**2
+        wide = max(attention, ffn)
+        passing = self._activations(layer) + 2 * 4 * self.batch * wide
+        scoring = 2 * 2 * wide**2 + 4 * self._largest(layer)  # the triangle, and the file that is made of it
+        if rule.output_gradients:
+            strip = 8 * wide * min(wide, 2048)
+            # the inverse, half of A, W; for KV groups both matrices gathered and cut
+            scoring = max(scoring, 8 * (ffn**2 + ffn**2 // 2 + ffn * d) + 2 * strip, 8 * (5 * attention**2 + attention * d))
+        if rule.weight_gradients:
+            parameters = weights // self.itemsize
+            sums += 4 * parameters + weights // 2
+            scoring = max(scoring, 4 * parameters + 8 * d * wide)
+        return weights + sums + max(passing, scoring)
+
+    def _refitting(self, layer: LayerShape) -> int:
+        """A layer before and after; two sets of sums, and either a product on its way to them or a solution."""
+        d, wide = self.shape.hidden_size, max(layer.query_heads * layer.head_dim, layer.ffn)
+        alone = self._weights(layer) + 6 * wide**2 + 8 * wide**2 + 8 * 3 * wide * d
+        if not self.windows:
+            return self._weights(layer) + alone
+        sums = 2 * 8 * (wide**2 + wide * d)
+        adding = 4 * (wide**2 + wide * d + self.batch * (wide + 2 * d)) + self._activations(layer) // 2
+        return 2 * self._weights(layer) + max(alone, sums + max(adding, 8 * 2 * wide * d + 8 * 2048 * wide))
+
+
+def check_bound(work: Work, memory: str) -> None:
+    """Raise [`UsageError`] where the process would need more than `memory`, a size, naming the stage and ways out."""
+    bound = parse_size(memory)
+    stage, needed = work.peak()
+    if needed <= bound:
+        return
+    ways = [f"give --memory {_gib(needed)}"]
+    others = {
+        "--compensation none": replace(work, refitted=False),
+        f"--seq-len {_SHORT}": replace(work, seq_len=min(_SHORT, work.seq_len)),
+    }
+    for flag, other in others.items():
+        least = other.peak()[1]
+        if least < needed and least <= bound:
+            ways.append(f"{flag} ({_gib(least)})")
+    raise UsageError(f"--memory {memory} is too little: {stage} needs {_gib(needed)} in all: {', or '.join(ways)}")
+
+
+def _most(found: dict[str, int], name: str, size: int) -> None:
+    found[name] = max(size, found.get(name, 0))
+
+
+def _gib(size: int) -> str:
+    """Rounded up, so that what is named suffices."""
+    return f"{math.ceil(size / 2**30 * 100) / 100:.2f}GiB"

@@ -1,0 +1,170 @@
+"""A request to prune goes in, checked against config, names and texts; nothing of the weights but their headers is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
+    from .plan import PruningPlan
+    from .statistics import Statistics
+
+
+@dataclass(frozen=True)
+class PruneRequest:
+    """What `plan` and `prune` are asked for; see `make_plan`, `prune` and `Calibration.from_text` for the fields.
+
+    Attributes:
+        compensation: None: `natural_gradient`, or with `memory` the best that needs no whole model, `least_squares`.
+        memory: bound on the memory of the process, such as `8GiB`; the model is then read layer by layer.
+    """
+
+    model: str
+    ratio: float | None = None
+    backbone_ratio: float | None = None
+    criterion: str | None = None
+    allocation: str = "global"
+    temperature: float | None = None
+    attention_share: float | None = None
+    rates: tuple[float, ...] | None = None
+    min_kv_heads: int = 1
+    min_ffn: int = 1
+    keep_layers: tuple[int, ...] = ()
+    round_to: int | None = None
+    compensation: str | None = None
+    calibration: tuple[str, ...] = ()
+    samples: int = 128
+    seq_len: int | None = None
+    seed: int = 0
+    statistics: str | None = None
+    save_statistics: str | None = None
+    plan: str | None = None
+    memory: str | None = None
+
+    @property
+    def fitting(self) -> str:
+        """The compensation, whether it was named or not."""
+        return self.compensation or ("least_squares" if self.memory else "natural_gradient")
+
+    def demand(self) -> dict[str, Any]:
+        """The arguments of `make_plan` that say how much goes, and from where."""
+        from .planner import Demand
+
+        names = [field.name for field in fields(Demand) if field.name != "bias"]
+        return {name: getattr(self, name) for name in names} | {"bias": self.fitting == "bias"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request whose every part was found to make sense, before any weight was read."""
+
+    request: PruneRequest
+    folder: Path
+    criterion: str
+    plan: PruningPlan | None
+    statistics: Statistics | None
+    calibration: Calibration | None
+
+    @property
+    def measured(self) -> str:
+        """The criterion to measure: a saved plan needs no curves, only what re-fitting reads."""
+        return self.criterion if self.plan is None else "magnitude"
+
+
+def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
+    """Check a request against the config, names and texts that it names; no weight is read.
+
+    Args:
+        request: what is asked for.
+        planning_only: no weights will be written, so that nothing has to be re-fitted.
+
+    Raises:
+        UsageError: for whatever makes no sense.
+    """
+    from .calibration import Calibration
+    from .importance import CRITERIA, DEFAULT
+    from .layerwise import Layers
+    from .memory import Work, check_bound
+    from .plan import ModelShape, PruningPlan
+    from .planner import Demand, check_budget
+    from .statistics import Statistics
+    from .surgery import COMPENSATIONS
+    from .trainer.models import check_weights, load_config, load_tokenizer, local_folder
+
+    statistics = Statistics.load(request.statistics) if request.statistics else None
+    criterion = request.criterion or (statistics.criterion if statistics else DEFAULT)
+    if criterion not in CRITERIA:
+        raise unknown("criterion", criterion, CRITERIA)
+    if statistics is not None and request.plan is None and criterion != statistics.criterion:
+        raise UsageError(
+            f"the statistics in {request.statistics} were collected for criterion {statistics.criterion}, "
+            f"not {criterion}: leave --criterion or --statistics out"
+        )
+    if request.fitting not in COMPENSATIONS:
+        raise unknown("compensation", request.fitting, COMPENSATIONS)
+    if request.memory is not None:
+        _check_streamable(request)
+    folder = local_folder(request.model)
+    config = load_config(folder)
+    shape = ModelShape.from_config(config)
+    scored = request.allocation in ("layer_importance", "search") and request.plan is None
+    read = not (planning_only and criterion == "random") or scored
+    if read:
+        check_weights(folder)
+    plan = None
+    if request.plan is not None:
+        plan = PruningPlan.load(request.plan)
+        plan.check_model(config)
+    else:
+        check_budget(shape, Demand(**request.demand()))
+    if statistics is not None and statistics.source != shape:
+        raise UsageError(f"the statistics in {request.statistics} were collected on a model of other sizes")
+    refit = request.fitting != "none" and not planning_only
+    measured = CRITERIA[criterion].calibrated and plan is None
+    calibration = None
+    if (statistics is None and (measured or refit)) or (scored and not (statistics and statistics.calibration)):
+        limit = int(config.max_position_embeddings)
+        seq_len = min(2048, limit) if request.seq_len is None else request.seq_len
+        if seq_len > limit:
+            raise UsageError(f"seq_len={seq_len} is longer than the {limit} positions of {request.model}")
+        tokenizer = load_tokenizer(folder)
+        sources = request.calibration or ("wikitext2",)
+        calibration = Calibration.from_text(
+            tokenizer, sources, samples=request.samples, seq_len=seq_len, seed=request.seed
+        )
+    prepared = Prepared(request, folder, criterion, plan, statistics, calibration)
+    if request.memory is not None and read:
+        windows = statistics.calibration if statistics else calibration
+        work = Work(
+            shape,
+            Layers(folder, config).dtype.itemsize,
+            0 if windows is None else len(windows.ids),
+            0 if windows is None else windows.ids.shape[1],
+            CRITERIA[prepared.measured] if statistics is None and (plan is None or refit) else None,
+            refitted=refit,
+            cut=not planning_only,
+        )
+        check_bound(work, request.memory)
+    return prepared
+
+
+def _check_streamable(request: PruneRequest) -> None:
+    """Raise [`UsageError`] for what cannot be done layer by layer."""
+    from .memory import parse_size
+
+    parse_size(request.memory or "")
+    needs = {"natural_gradient": "both models", "bias": "the model"}
+    if request.fitting in needs:
+        raise UsageError(
+            f"compensation {request.fitting} needs {needs[request.fitting]} in memory: with --memory choose least_squares "
+            "or none"
+        )
+    if request.allocation in ("search", "layer_importance") and request.plan is None:
+        raise UsageError(
+            f"allocation {request.allocation} runs the whole model, which --memory does not load: "
+            "choose global, uniform or per_layer"
+        )

@@ -1,0 +1,291 @@
+"""`--memory`: layer by layer the files of the path in memory, killed anywhere and resumed, and requests that are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from hf_gqaprune.cli import main
+from hf_gqaprune.errors import UsageError
+from hf_gqaprune.importance import CRITERIA
+from hf_gqaprune.memory import PROCESS, Work, parse_size
+from hf_gqaprune.plan import LayerShape, ModelShape
+
+TEXT = "the quick brown fox jumps over the lazy dog, and then it counts: one two three four five. " * 60
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def place(tmp_path: Path, llama: PreTrainedModel, tokenizer: Any) -> Path:
+    """A folder with a model in several shards and a text."""
+    llama.to(torch.bfloat16).save_pretrained(tmp_path / "model", max_shard_size=30_000)
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
+
+
+def command(place: Path, verb: str, output: str, *flags: object) -> list[str]:
+    sizes = ["--calibration", place / "text.txt", "--samples", 20, "--seq-len", 32, "--backbone-ratio", 0.3]
+    return [str(word) for word in (verb, place / "model", *sizes, "-o", place / output, *flags)]
+
+
+MEMORY = ("--memory", "2GiB")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("criterion", ["curvature", "taylor", "magnitude"])
+@pytest.mark.parametrize("compensation", ["least_squares", "none"])
+def test_the_files_of_the_path_in_memory(place: Path, criterion: str, compensation: str) -> None:
+    flags = ("--criterion", criterion, "--compensation", compensation)
+    before = contents(place / "model")
+    assert main(command(place, "prune", "memory", *flags)) == 0
+    assert main(command(place, "prune", "disk", *flags, *MEMORY)) == 0
+    assert contents(place / "disk") == contents(place / "memory")
+    assert contents(place / "model") == before
+    assert names(place) == ["disk", "memory", "model", "text.txt"]
+
+
+def test_plans_statistics_and_defaults(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = ("--save-statistics", place / "elsewhere" / "statistics")
+    assert main(command(place, "plan", "memory.json", "--save-statistics", place / "wanted")) == 0
+    assert main(command(place, "plan", "disk.json", *MEMORY, *saved)) == 0
+    assert (place / "disk.json").read_bytes() == (place / "memory.json").read_bytes()
+    assert contents(place / "elsewhere" / "statistics") == contents(place / "wanted")
+    assert names(place / "elsewhere") == ["statistics"]
+    # with --memory least_squares needs no mention
+    assert main(command(place, "prune", "disk", *MEMORY)) == 0
+    flags = ("--compensation", "least_squares", "--statistics", place / "wanted")
+    assert main(command(place, "prune", "memory", *flags)) == 0
+    assert main(command(place, "prune", "replanned", *flags, *MEMORY)) == 0
+    given = ["prune", str(place / "model"), "--plan", str(place / "disk.json"), "-o", str(place / "replayed"), *MEMORY]
+    assert main([*given, "--calibration", str(place / "text.txt"), "--samples", "20", "--seq-len", "32"]) == 0
+    wanted = contents(place / "memory")
+    assert contents(place / "disk") == contents(place / "replanned") == wanted
+    assert contents(place / "replayed") == wanted
+    assert main(command(place, "prune", "cut", *MEMORY, "--compensation", "none", "--criterion", "random")) == 0
+    assert not [name for name in names(place) if name.startswith(".")]
+    capsys.readouterr()
+    assert main(command(place, "plan", "other.json", *MEMORY, *saved)) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.fixture
+def larger(place: Path, tokenizer: Any) -> Path:
+    """More layers, to be killed among."""
+    from tiny import tiny_llama
+
+    shutil.rmtree(place / "model")
+    tiny_llama(layers=12, ffn=64, kv_heads=4, vocab_size=259).save_pretrained(place / "model")
+    tokenizer.save_pretrained(place / "model")
+    return place
+
+
+def killed(line: list[str], when: Callable[[], bool]) -> None:
+    """Run a command in a process of its own and kill it as soon as `when`."""
+    code = "import sys, torch; torch.set_num_threads(1); from hf_gqaprune.cli import main; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    while process.poll() is None and not when():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_killed_while_measuring_and_while_pruning(larger: Path) -> None:
+    place = larger
+    line = command(place, "prune", "out", *MEMORY)
+    assert main(command(place, "prune", "whole", "--compensation", "least_squares")) == 0
+    statistics = place / ".out.measured" / ".statistics.unfinished"
+    killed(line, lambda: (statistics / "gradient-8").exists())
+    assert not (place / "out").exists() and not (place / ".out.measured" / "statistics").exists()
+    first = {path.name: path.stat().st_mtime_ns for path in statistics.glob("layer-01*")}
+    assert len(first) == 4
+    progress = place / ".out.unfinished" / "progress.json"
+    killed([*line, "--resume"], lambda: progress.exists() and "layers.1." in progress.read_text())
+    assert not (place / "out").exists()
+    done = place / ".out.measured" / "statistics"
+    # what was measured before the first kill was not measured again
+    assert first == {name: (done / name).stat().st_mtime_ns for name in first}
+    assert "model.layers.0.mlp.up_proj.weight" in json.loads(progress.read_text())["written"]
+    assert main([*line, "--resume"]) == 0
+    assert contents(place / "out") == contents(place / "whole")
+    assert names(place) == ["model", "out", "text.txt", "whole"]
+
+
+def refused(capsys: pytest.CaptureFixture[str], line: list[str], code: int = 2) -> str:
+    """Run a command that must fail; return its one line."""
+    capsys.readouterr()
+    assert main(line) == code
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1, told
+    return told[0]
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """No file of this process may grow beyond `size` bytes: the disk is full there."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_the_disk_fills_up_and_the_next_call_goes_on(larger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = larger
+    line = command(place, "prune", "out", *MEMORY)
+    assert main(command(place, "prune", "whole", "--compensation", "least_squares")) == 0
+    before = contents(place / "model")
+    weights = (place / "whole" / "model.safetensors").stat().st_size
+    # no room for activations, for moments, for weights
+    for limit, said in ((15_000, "cannot write "), (30_000, "cannot write "), (weights // 2, "cannot write ")):
+        with files_of_at_most(limit):
+            told = refused(capsys, [*line, "--resume"], 1)
+        assert said in told and "pass --resume to go on, or delete it" in told, told
+        assert not (place / "out").exists()
+    assert contents(place / "model") == before
+    # neither dropped nor mixed with another
+    assert "is of an interrupted call: pass --resume" in refused(capsys, line)
+    assert "begun with another calibration" in refused(capsys, [*line, "--resume", "--seed", "1"])
+    assert "begun with another plan" in refused(capsys, [*line, "--resume", "--min-kv-heads", "4"])
+    assert main([*line, "--resume"]) == 0
+    assert contents(place / "out") == contents(place / "whole")
+    assert names(place) == ["model", "out", "text.txt", "whole"]
+
+
+def second(folder: Path) -> Path:
+    """One shard of several."""
+    return sorted(folder.glob("*.safetensors"))[1]
+
+
+def cut_off(folder: Path) -> None:
+    path = second(folder)
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def lie(folder: Path) -> None:
+    path = second(folder)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header.popitem()
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def lose_a_shard(folder: Path) -> None:
+    second(folder).unlink()
+
+
+def pickle(folder: Path) -> None:
+    for path in [*folder.glob("*.safetensors"), folder / INDEX]:
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80")
+
+
+@pytest.mark.parametrize("verb", ["plan", "prune"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_off, "is cut off, or its header lies: "),
+        (lie, ".safetensors lies: "),
+        (lose_a_shard, "names model-00002-of-"),
+        (pickle, "holds pickles (pytorch_model.bin), which are not read: convert them with python -c "),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole(
+    place: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], message: str, verb: str
+) -> None:
+    damage(place / "model")
+    before = contents(place)
+    told = refused(capsys, command(place, verb, "out", *MEMORY))
+    assert message in told and str(place / "model") in told
+    assert contents(place) == before
+
+
+def test_a_weight_that_is_not_finite_is_named_and_nothing_looks_finished(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = second(place / "model")
+    tensors = load_file(path)
+    name = next(name for name in tensors if ".layers." in name and tensors[name].ndim == 2)
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    told = refused(capsys, command(place, "prune", "out", *MEMORY), 1)
+    assert f"{name.removeprefix('model.layers.').partition('.')[2]} holds values that are not finite" in told
+    assert names(place) == [".out.measured", "model", "text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--memory", "lots"), "--memory 'lots' is not a size such as 6GiB, 8GB or 512MiB"),
+        (("--memory", "8"), "--memory '8' is not a size"),
+        (("--memory", "-8GiB"), "expected one argument"),
+        (("--memory", "0GiB"), "--memory '0GiB' is not a size"),
+        (("--memory", "1MiB"), "--memory 1MiB is too little: "),
+        ((*MEMORY, "--compensation", "natural_gradient"), "natural_gradient needs both models in memory: with --memory"),
+        ((*MEMORY, "--allocation", "search"), "allocation search runs the whole model, which --memory does not load"),
+        ((*MEMORY, "--allocation", "layer_importance"), "choose global, uniform or per_layer"),
+        ((*MEMORY, "--compensation", "least_square"), "did you mean 'least_squares'"),
+        (("--resume",), "only what goes layer by layer can be resumed"),
+    ],
+)
+def test_requests_that_make_no_sense(
+    place: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], said: str
+) -> None:
+    assert said in refused(capsys, command(place, "prune", "out", *flags))
+    assert names(place) == ["model", "text.txt"]
+
+
+def test_a_model_is_not_replaced_by_what_is_made_of_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = command(place, "prune", "model", *MEMORY, "--overwrite")
+    assert "is the model itself" in refused(capsys, line)
+
+
+def test_sizes() -> None:
+    assert [parse_size(text) for text in ("6GiB", "8GB", "512 mib", "1.5KiB", "7B")] == [6 << 30, 8 * 10**9, 1 << 29, 1536, 7]
+    for text in ("", "GiB", "6", "6G", "6 apples", "6GiBs", "1e3GB", "nanGB", "0.1B", "6ib"):
+        with pytest.raises(UsageError, match="is not a size"):
+            parse_size(text)
+
+
+def llama_3_8b(**changes: Any) -> Work:
+    shape = ModelShape(4096, 128256, False, False, False, "bfloat16", (LayerShape(32, 8, 14336, 128),) * 32)
+    given = {"windows": 1, "seq_len": 2048, "measured": CRITERIA["curvature"], "refitted": True, "cut": True}
+    return Work(shape, 2, **(given | changes))
+
+
+def test_the_estimate_for_llama_3_8b() -> None:
+    assert llama_3_8b().peak()[0] == "re-fitting a layer"
+    assert 6 < llama_3_8b().peak()[1] / 2**30 < 8
+    assert llama_3_8b(refitted=False).peak()[1] < llama_3_8b().peak()[1]
+    # a window more is another batch, not a larger one
+    assert llama_3_8b(windows=128).peak() == llama_3_8b().peak()
+    replay = llama_3_8b(measured=None, refitted=False)
+    assert replay.stages().keys() == {"cutting a layer"} and replay.peak()[1] < PROCESS + (1 << 30)
