@@ -1,0 +1,139 @@
+"""What each stage of pruning costs: seconds, peak memory, bytes, and how near statistics come to the passes they need."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from shapes import forget, forget_peak, peak_rss, proc, random_windows
+
+import hf_gqaprune as gp
+from hf_gqaprune import measurement
+from hf_gqaprune.calibration import split_batches
+from hf_gqaprune.importance import CRITERIA
+from hf_gqaprune.memory import Work
+from hf_gqaprune.plan import ModelShape
+from hf_gqaprune.trainer.models import load_config, load_model
+
+Figures = dict[str, Any]
+
+
+def streamed(checkpoint: Path, scratch: Path, tokens: int, seq_len: int, backbone_ratio: float) -> Figures:
+    """Statistics, plan and least-squares pruning of a checkpoint, layer by layer, in this process.
+
+    Returns:
+        Per stage seconds, peak RSS, bytes read and written; the estimate that `--memory` goes by.
+    """
+    shape = ModelShape.from_config(load_config(checkpoint))
+    windows = gp.Calibration.from_ids(random_windows(shape.vocab_size, tokens, seq_len))
+    work = Work(shape, 2, *windows.ids.shape, CRITERIA["curvature"], refitted=True, cut=True)
+    stages: Figures = {}
+    with _measured(stages, "statistics", checkpoint):
+        statistics = gp.stream_statistics(checkpoint, windows, scratch / "statistics")
+    with _measured(stages, "plan", checkpoint):
+        plan = gp.make_plan(statistics, backbone_ratio=backbone_ratio)
+    with _measured(stages, "prune", checkpoint):
+        gp.prune_checkpoint(checkpoint, plan, scratch / "pruned", statistics, compensation="least_squares")
+    return {
+        "tokens": windows.tokens,
+        "layers": len(shape.layers),
+        "seconds": sum(stage["seconds"] for stage in stages.values()),
+        "peak_rss": max(stage["peak_rss"] for stage in stages.values()),
+        "estimated": work.peak()[1],
+        "stages": stages,
+    }
+
+
+def in_memory(checkpoint: Path, tokens: int, seq_len: int, backbone_ratio: float) -> Figures:
+    """Statistics of a loaded model against the bare passes and the bare products of the same tokens, all in this process.
+
+    The products of one layer are measured and counted for all of them. Then plan and least-squares pruning.
+
+    Returns:
+        Seconds of each, `ratio` of the statistics without the curves to the bare work, `share` of selection (curves and
+        plan) and compensation in the whole.
+    """
+    model = load_model(checkpoint)
+    windows = gp.Calibration.from_ids(random_windows(model.config.vocab_size, tokens, seq_len))
+    shape = ModelShape.from_config(model.config)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "bare passes"), measurement.frozen(model):
+        measurement._run(model, windows, backward=True)
+    with _timed(seconds, "bare products"):
+        _products(shape, windows)
+    seconds["bare products"] *= len(shape.layers)
+    forget_peak()
+    with _curves(seconds), _timed(seconds, "statistics"):
+        statistics = gp.collect_statistics(model, windows)
+    seconds["statistics"] -= seconds["curves"]
+    with _timed(seconds, "plan"):
+        plan = gp.make_plan(statistics, backbone_ratio=backbone_ratio)
+    with _timed(seconds, "compensation"):
+        gp.prune(model, plan, statistics, compensation="least_squares", inplace=True)
+    whole = sum(seconds[name] for name in ("statistics", "curves", "plan", "compensation"))
+    return {
+        "tokens": windows.tokens,
+        "layers": len(shape.layers),
+        "seconds": seconds,
+        "ratio": seconds["statistics"] / (seconds["bare passes"] + seconds["bare products"]),
+        "share": 1 - seconds["statistics"] / whole,
+        "peak_rss": peak_rss(),
+    }
+
+
+def _products(shape: ModelShape, windows: gp.Calibration) -> None:
+    """The second moments of one layer: of the inputs of both output projections and of the gradients at their outputs."""
+    layer, d = shape.layers[0], shape.hidden_size
+    widths = (layer.query_heads * layer.head_dim, layer.ffn, d, d)
+    sums = [torch.zeros(width, width) for width in widths]
+    for batch in split_batches(windows.ids, shape.vocab_size):
+        for total, width in zip(sums, widths, strict=True):
+            x = torch.ones(batch.numel(), width)
+            total.addmm_(x.T, x)
+
+
+@contextmanager
+def _measured(stages: Figures, name: str, checkpoint: Path) -> Iterator[None]:
+    forget(checkpoint)
+    forget_peak()
+    before, start = proc("io"), time.perf_counter()
+    yield
+    after = proc("io")
+    stages[name] = {
+        "seconds": time.perf_counter() - start,
+        "peak_rss": peak_rss(),
+        "bytes_read": after["rchar"] - before["rchar"],
+        "bytes_written": after["wchar"] - before["wchar"],
+        "bytes_from_disk": after["read_bytes"] - before["read_bytes"],
+    }
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
+
+
+@contextmanager
+def _curves(seconds: dict[str, float]) -> Iterator[None]:
+    """Time what the criterion makes of the sums, which `collect_statistics` does as its last step."""
+    real: Callable[..., Any] = measurement.Tap.statistics
+    seconds["curves"] = 0.0
+
+    def statistics(*args: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return real(*args)
+        finally:
+            seconds["curves"] += time.perf_counter() - start
+
+    measurement.Tap.statistics = statistics  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        measurement.Tap.statistics = real  # type: ignore[method-assign]

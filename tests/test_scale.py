@@ -1,0 +1,44 @@
+"""The scale benchmark on a tiny shape: what it reports is there and adds up."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import scale
+import stages
+
+
+@pytest.mark.parametrize("measure", ["streamed", "in-memory"])
+def test_stages_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], measure: str
+) -> None:
+    # in this process, which spares a start
+    monkeypatch.setattr(scale, "in_a_process", lambda what, *arguments: scale.CHILDREN[what](*map(str, arguments)))
+    out = tmp_path / "results.json"
+    line = ["tiny", "--measure", measure, "--layers", "3", "--tokens", "100", "--seq-len", "32", "-o", str(out)]
+    monkeypatch.setattr(sys, "argv", ["scale.py", *line, "--folder", str(tmp_path)])
+    scale.main()
+    found = json.loads(out.read_text())
+    assert (found["measure"], found["layers"], found["tokens"]) == (measure, 3, 96)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert "3 layers, 96 tokens" in capsys.readouterr().out
+    if measure == "streamed":
+        parts = found["stages"]
+        assert list(parts) == ["statistics", "plan", "prune"]
+        assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in parts.values()))
+        assert parts["statistics"]["bytes_written"] > 0 < parts["prune"]["bytes_read"]
+    else:
+        assert set(found["seconds"]) == {"bare passes", "bare products", "statistics", "curves", "plan", "compensation"}
+        assert found["ratio"] > 0 and 0 < found["share"] < 1
+
+
+def test_the_curves_are_timed_by_what_is_put_back(tmp_path: Path) -> None:
+    real = stages.measurement.Tap.statistics
+    seconds: dict[str, float] = {}
+    with pytest.raises(ZeroDivisionError), stages._curves(seconds):
+        assert stages.measurement.Tap.statistics is not real
+        raise ZeroDivisionError
+    assert stages.measurement.Tap.statistics is real and seconds == {"curves": 0.0}
