@@ -203,6 +203,16 @@ def test_reconstruction_changes_only_what_trains() -> None:
     assert changed and all("lora_" in name for name in changed)
 
 
+@pytest.mark.parametrize(("student_dtype", "dense_dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_the_dense_model_may_compute_in_another_dtype(student_dtype: torch.dtype, dense_dtype: torch.dtype) -> None:
+    dense = tiny_llama()
+    plan = make_plan(model=dense, backbone_ratio=0.3, criterion="magnitude")
+    student = prune(dense, plan, compensation="none").to(student_dtype)
+    found = reconstruct(student, dense.to(dense_dtype), token_ids(16, 12), rows=8, learning_rate=1e-2, epochs=2, seed=0)
+    assert found[-1].after < found[-1].before
+    assert {parameter.dtype for parameter in student.parameters()} == {student_dtype}
+
+
 def test_a_run_may_begin_block_by_block(dense: Path, pruned: Path, text: str, tmp_path: Path) -> None:
     settings = {**SETTINGS, "distillation": 1.0, "teacher": dense, "held_out_tokens": 64}
     plain = recover(pruned, [text], tmp_path / "plain", **settings)

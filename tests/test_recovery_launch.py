@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,13 +38,15 @@ def text(tmp_path: Path) -> str:
     return str(tmp_path / "numbers.txt")
 
 
-def test_one_and_two_processes_train_the_same(folder: Path, text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("distilled", [False, True])
+def test_one_and_two_processes_train_the_same(folder: Path, text: str, tmp_path: Path, distilled: bool) -> None:
     """The same rows in every step, so that each is seen once; equal losses but for the order of the sums."""
+    options: dict[str, Any] = {"teacher": _other(folder, tmp_path), "teacher_cache": True} if distilled else {}
     logs, weights = [], []
     for processes in (1, 2):
         out = launch(
             folder, [text], tmp_path / str(processes), accelerate=["--num_processes", str(processes)],
-            held_out_tokens=96, **SETTINGS,
+            held_out_tokens=96, **SETTINGS, **options,
         )  # fmt: skip
         logs.append(json.loads((out / "training_log.json").read_text()))
         weights.append(load_file(out / "model.safetensors"))
@@ -53,11 +56,21 @@ def test_one_and_two_processes_train_the_same(folder: Path, text: str, tmp_path:
         assert one[name] == two[name]
     for first, second in zip(one["train"], two["train"], strict=True):
         assert first["tokens"] == second["tokens"]
-        assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
+        for name in ("loss", *(("cross_entropy", "divergence") if distilled else ())):
+            assert first[name] == pytest.approx(second[name], rel=1e-4)
     for first, second in zip(one["held_out"], two["held_out"], strict=True):
         assert first["perplexity"] == pytest.approx(second["perplexity"], rel=1e-3)
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, atol=1e-3, rtol=1e-2)
+
+
+def _other(folder: Path, tmp_path: Path) -> Path:
+    """A teacher that predicts something else than the model in `folder`."""
+    model = LlamaForCausalLM.from_pretrained(folder)
+    for parameter in model.parameters():
+        parameter.data.mul_(2 if parameter.ndim == 2 else 1)
+    model.save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
 
 
 def test_what_a_process_refuses_arrives_as_one_line(

@@ -74,11 +74,14 @@ class _Walk:
         self.device = self.decoder.embed_tokens.weight.device
         self.rows = rows
         self.windows = len(ids)
-        self.dtype = self.decoder.embed_tokens.weight.dtype
-        self.surroundings = Surroundings(dense.config, self.dense_decoder.rotary_emb, ids.shape[1], self.dtype)
+        # the two models may compute in different dtypes
+        self.surroundings = {
+            decoder: Surroundings(dense.config, decoder.rotary_emb, ids.shape[1], decoder.embed_tokens.weight.dtype)
+            for decoder in (self.decoder, self.dense_decoder)
+        }
         with torch.no_grad():
-            self.stream = self._map(lambda part: self.decoder.embed_tokens(part), ids)
-            self.target = self._map(lambda part: self.dense_decoder.embed_tokens(part), ids)
+            self.stream = self._map(self.decoder.embed_tokens, ids, self.decoder)
+            self.target = self._map(self.dense_decoder.embed_tokens, ids, self.dense_decoder)
 
     def fit(
         self, index: int, layer: Any, name: str, norm: str, rate: float, epochs: int, generator: torch.Generator
@@ -87,7 +90,7 @@ class _Walk:
         dense_layer = self.dense_decoder.layers[index]
         run_dense = self._block(dense_layer, name, norm, self.dense_decoder)
         with torch.no_grad():
-            self.target = self._map(run_dense, self.target)
+            self.target = self._map(run_dense, self.target, self.dense_decoder)
         if getattr(layer, name) is None:
             return 0.0, None
         run = self._block(layer, name, norm, self.decoder)
@@ -104,7 +107,7 @@ class _Walk:
                     parameter.data.copy_(value)
                 after = before
         with torch.no_grad():
-            self.stream = self._map(run, self.stream)
+            self.stream = self._map(run, self.stream, self.decoder)
         return before or 0.0, after
 
     def _descend(
@@ -148,14 +151,16 @@ class _Walk:
             return lambda hidden: hidden + block(normalise(hidden))
 
         def attend(hidden: torch.Tensor) -> torch.Tensor:
-            mask = self.surroundings.mask(hidden, decoder.config)
-            attended = block(normalise(hidden), position_embeddings=self.surroundings.rope, attention_mask=mask)
+            surroundings = self.surroundings[decoder]
+            mask = surroundings.mask(hidden, decoder.config)
+            attended = block(normalise(hidden), position_embeddings=surroundings.rope, attention_mask=mask)
             return hidden + attended[0]
 
         return attend
 
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor], values: torch.Tensor) -> torch.Tensor:
-        return torch.cat([function(values[part].to(self.device)).to(self.dtype).cpu() for part in self._parts()])
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor], values: torch.Tensor, decoder: Any) -> torch.Tensor:
+        dtype = decoder.embed_tokens.weight.dtype
+        return torch.cat([function(values[part].to(self.device)).to(dtype).cpu() for part in self._parts()])
 
     def _parts(self) -> Iterator[slice]:
         return (slice(start, start + self.rows) for start in range(0, self.windows, self.rows))

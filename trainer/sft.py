@@ -66,7 +66,7 @@ class RecoveryTrainer(SFTTrainer):
             mean = nats / tokens
             logs["eval_loss"], logs["eval_perplexity"] = mean, math.exp(min(mean, 700.0))
         elif self._parts["steps"]:
-            logs |= {name: self._parts[name] / self._parts["steps"] for name in ("cross_entropy", "divergence")}
+            logs |= self._mean_parts()
             self._parts.clear()
         super().log(logs, start_time)
 
@@ -106,6 +106,15 @@ class RecoveryTrainer(SFTTrainer):
         self._parts["divergence"] += float(divergent.detach() / mask.sum().clamp(min=1)) * steps
         self._parts["steps"] += steps
         return ((1 - self.weight) * entropy + self.weight * divergent) * scale
+
+    def _mean_parts(self) -> dict[str, float]:
+        """Both parts of the loss, a mean over the steps since the last entry and over all processes."""
+        names = ("cross_entropy", "divergence")
+        means = [self._parts[name] / self._parts["steps"] for name in names]
+        if self.accelerator.num_processes > 1:
+            own = torch.tensor([means], dtype=torch.float64, device=self.accelerator.device)
+            means = self.accelerator.gather(own).mean(0).tolist()
+        return dict(zip(names, means, strict=True))
 
     @torch.no_grad()
     def _held_out_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
