@@ -11,9 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from hf_gqaprune.cli import make_parser
-from hf_gqaprune.recipe import Recipe
+from hf_gqaprune.cli import make_parser, verbs
+from hf_gqaprune.configuration import builtin
+from hf_gqaprune.recipe import Recipe, assignment
+from hf_gqaprune.trainer.presets import PRESETS, Settings, resolve
+from hf_gqaprune.trainer.recover import accelerate_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,8 +81,8 @@ def test_every_public_name_exists(tmp_path):
     assert python(code, tmp_path).strip() == "True"
 
 
-def commands() -> list[str]:
-    lines = re.findall(r"^ {4}(gqaprune .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+def commands(page: str = "README.md") -> list[str]:
+    lines = re.findall(r"^ {4}(gqaprune .*)$", (ROOT / page).read_text(), re.MULTILINE)
     return [line.split("#")[0].strip() for line in lines]
 
 
@@ -88,6 +92,35 @@ def test_commands_of_the_readme_parse(line):
     assert callable(args.function)
     if hasattr(args, "recipe"):
         assert Recipe.load(args.recipe, args.set)
+
+
+@pytest.mark.parametrize("line", commands("docs/recovery.md"))
+def test_commands_about_recovery_parse(line):
+    args, rest = make_parser().parse_known_args(shlex.split(line)[1:])
+    if args.function is verbs.recover:
+        accelerate_flags(rest)
+        changes = dict(assignment(override, "") for override in args.set)
+        if args.max_tokens is not None:
+            changes["max_tokens"] = args.max_tokens
+        assert resolve(args.preset, changes)
+    else:
+        assert rest == []
+    if hasattr(args, "recipe"):
+        assert Recipe.load(args.recipe, args.set)
+
+
+def test_the_recovery_page_names_what_there_is(tmp_path):
+    page = (ROOT / "docs" / "recovery.md").read_text()
+    for name, preset in PRESETS.items():
+        assert f"| `{name}` | {preset.rank} | {preset.epochs}" in page
+    for name in builtin("accelerate"):
+        assert f"| `{name}` |" in page
+    for name, value in re.findall(r"`(\w+)=([\w.]+)`", page):
+        assert name in Settings.__dataclass_fields__ or name == "KEY", (name, value)
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    arguments = yaml.safe_load(example)
+    assert set(arguments) - set(Settings.__dataclass_fields__) == {"model", "data", "output", "teacher"}
+    assert Settings.from_dict({k: v for k, v in arguments.items() if k in Settings.__dataclass_fields__}).learning_rate == 1e-4
 
 
 def test_the_python_of_the_readme_runs(tmp_path, llama, tokenizer, capsys):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -104,6 +105,12 @@ def test_every_packaged_configuration_loads(name: str, distributed: str, process
     assert config.distributed_type == distributed
     assert (config.num_processes, config.use_cpu) == (processes, cpu)
     assert config.mixed_precision in ("no", "bf16")
+    # what accelerate makes of the file when it launches
+    args = launch_command_parser().parse_args(["--config_file", str(builtin("accelerate")[name]), "script"])
+    args, _, _ = _validate_launch_command(args)
+    assert (args.num_processes, args.num_machines) == (processes, 1)
+    assert args.use_fsdp == (name == "fsdp2") and args.use_deepspeed == (name == "zero3")
+    assert args.multi_gpu == (distributed == "MULTI_GPU") and args.use_cpu == cpu
     if name == "fsdp2":
         assert config.fsdp_config["fsdp_version"] == 2
     if name == "zero3":
