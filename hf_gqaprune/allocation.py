@@ -338,4 +338,4 @@ def _settle(budget: Budget, limit: Mapping[Key, int], channels: dict[Key, int], 
 Allocation = Callable[[Budget, Mapping[Key, torch.Tensor]], dict[Key, int]]
 #: those that need a budget and curves only
 ALLOCATIONS: dict[str, Allocation] = {"global": allocate_global, "uniform": allocate_uniform}
-ALLOCATION_NAMES = (*ALLOCATIONS, "search", "per_layer", "layer_importance")
+ALLOCATION_NAMES = (*ALLOCATIONS, "query_heads", "search", "per_layer", "layer_importance")

@@ -53,8 +53,8 @@ def decide(prepared: Prepared, model: PreTrainedModel) -> tuple[PruningPlan, Sta
         return prepared.plan, statistics
     windows, how = prepared.calibration or statistics.calibration, request.allocation
     scores = measure(model, windows) if windows and how == "layer_importance" else None
-    searched = model if how == "search" else None
-    return make_plan(statistics, model=searched, layer_scores=scores, **request.demand()), statistics
+    looked_at = model if how in ("search", "query_heads") else None
+    return make_plan(statistics, model=looked_at, layer_scores=scores, **request.demand()), statistics
 
 
 def plan_model(

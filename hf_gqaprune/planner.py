@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ from .statistics import Statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from .query_heads import Thinned
 
 
 @dataclass(frozen=True)
@@ -193,12 +195,13 @@ def make_plan(
         statistics: removal curves of a calibration pass; without them `model` is needed and a criterion that needs no
             calibration (`magnitude`, `magnitude_l1`, `random`).
         model: without statistics: a model, or a path or Hub id to load one from; `random` needs no weights and takes one
-            on the meta device. With allocation `search`: the model that was measured, which is left as it was.
+            on the meta device. With allocation `search` or `query_heads`: the model that was measured, left as it was.
         ratio: fraction of all parameters to remove, between 0 and 1.
         backbone_ratio: fraction of the decoder layers' parameters, norms included; exactly one of both.
         rates: with `allocation="per_layer"` instead of a ratio: one fraction per layer.
         criterion: a key of `importance.CRITERIA`; by default that of the statistics.
-        allocation: `global` (default), `search` (from `global` on, by measured divergence, see `search.refine`),
+        allocation: `global` (default), `query_heads` (layers may also lose the same number of query heads from every
+            group, see `query_heads`), `search` (from `global` on, by measured divergence, see `search.refine`),
             `uniform`, `layer_importance` or `per_layer` (default when `rates` are given).
         layer_scores: with `allocation="layer_importance"`: importance per layer, from `layer_importance.measure`.
         temperature: with `allocation="layer_importance"`: from 0.01 (the least important layers bear everything) over 1
@@ -236,31 +239,43 @@ def make_plan(
         raise UsageError("allocation layer_importance and layer_scores (see layer_importance.measure) belong together")
     if criterion is not None and criterion not in CRITERIA:
         raise unknown("criterion", criterion, CRITERIA)
-    searched = demand.method == "search"
-    if searched and (statistics is None or model is None or isinstance(model, (str, os.PathLike))):
-        raise UsageError("allocation search needs statistics, and the loaded model that they were collected on")
+    searched, thinned = demand.method == "search", demand.method == "query_heads"
+    if (searched or thinned) and (statistics is None or model is None or isinstance(model, (str, os.PathLike))):
+        raise UsageError(f"allocation {demand.method} needs statistics, and the loaded model that they were collected on")
     if statistics is None:
         statistics = _uncalibrated(model, criterion, seed)
     elif criterion not in (None, statistics.criterion):
         raise UsageError(f"the statistics were collected for criterion {statistics.criterion}, not {criterion}")
     budget = demand.budget(statistics.source)
+    heads: dict[int, Thinned] = {}
     if rates is not None:
         removed = allocate_per_layer(budget, rates)
     elif layer_scores is not None:
         removed = allocate_layer_importance(budget, layer_scores, 1.0 if temperature is None else temperature)
     else:
         costs = {key: budget.in_lots(key, statistics.blocks[key].curve.cost) for key in budget.units}
-        removed = ALLOCATIONS["global" if searched else demand.method](budget, costs)
+        if thinned:
+            from .query_heads import allocate_query_heads, options_of
+
+            options = options_of(model, statistics, {layer for layer, kind in budget.units if kind == "attention"})
+            removed, heads = allocate_query_heads(budget, costs, options)
+        else:
+            removed = ALLOCATIONS["global" if searched else demand.method](budget, costs)
     if searched:
         from .search import refine
 
         removed = refine(model, statistics, budget, removed)
-    plan = plan_of(statistics, budget.unpacked(removed), demand.describe(statistics.source))
+    plan = plan_of(statistics, budget.unpacked(removed), demand.describe(statistics.source), heads)
     return replace(plan, attention_bias=True, mlp_bias=True) if bias else plan
 
 
-def plan_of(statistics: Statistics, removed: dict[Key, int], allocation: str) -> PruningPlan:
-    """The plan that removes the first `removed[block]` units of every block's curve; other blocks stay whole."""
+def plan_of(
+    statistics: Statistics, removed: dict[Key, int], allocation: str, heads: Mapping[int, Thinned] | None = None
+) -> PruningPlan:
+    """The plan that removes the first `removed[block]` units of every block's curve; other blocks stay whole.
+
+    The groups of layers in `heads` are what that says.
+    """
     source = statistics.source
     layers = []
     for index, shape in enumerate(source.layers):
@@ -269,7 +284,10 @@ def plan_of(statistics: Statistics, removed: dict[Key, int], allocation: str) ->
             if (index, kind) in statistics.blocks:
                 order = statistics.blocks[index, kind].curve.order
                 kept[kind] = order[removed.get((index, kind), 0) :].tolist()
-        layers.append(LayerPlan.of_groups(shape, kept["attention"], kept["mlp"]))
+        if heads and index in heads:
+            layers.append(heads[index].kept(removed[index, "attention"], tuple(sorted(kept["mlp"]))))
+        else:
+            layers.append(LayerPlan.of_groups(shape, kept["attention"], kept["mlp"]))
     return PruningPlan(
         source, tuple(layers), statistics.criterion, allocation, source.attention_bias, source.mlp_bias
     )

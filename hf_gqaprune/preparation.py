@@ -104,6 +104,8 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
             f"the statistics in {request.statistics} were collected for criterion {statistics.criterion}, "
             f"not {criterion}: leave --criterion or --statistics out"
         )
+    if request.allocation == "query_heads" and request.plan is None and criterion != "curvature":
+        raise UsageError(f"allocation query_heads prices by criterion curvature, not {criterion}: leave --criterion out")
     if request.fitting not in COMPENSATIONS:
         raise unknown("compensation", request.fitting, COMPENSATIONS)
     if request.memory is not None:
@@ -163,8 +165,8 @@ def _check_streamable(request: PruneRequest) -> None:
             f"compensation {request.fitting} needs {needs[request.fitting]} in memory: with --memory choose least_squares "
             "or none"
         )
-    if request.allocation in ("search", "layer_importance") and request.plan is None:
+    if request.allocation in ("search", "layer_importance", "query_heads") and request.plan is None:
         raise UsageError(
-            f"allocation {request.allocation} runs the whole model, which --memory does not load: "
+            f"allocation {request.allocation} needs the whole model, which --memory does not load: "
             "choose global, uniform or per_layer"
         )
