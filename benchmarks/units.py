@@ -3,7 +3,7 @@
     python benchmarks/units.py MODEL --calibration TEXT... --test TEXT... -o RESULTS.json
 
 Every plan has the same parameters, is priced by the curvature, and is re-fitted in closed form or as `--compensation`
-says; what was merged always in closed form.
+says; what was merged always in closed form, and what is `sliced` or has `biases` not at all.
 """
 
 from __future__ import annotations
@@ -72,6 +72,32 @@ def _thinned(dense: Trial, ratio: float, **floor: int) -> Any:
 def _refitted(dense: Trial, plan: PruningPlan) -> Any:
     print(plan, flush=True)
     return gp.prune(dense.model, plan, dense.statistics("curvature"), compensation=dense.compensation)
+
+
+def bias(dense: Trial, ratio: float) -> Any:
+    """The default's units, and the mean of what went as biases instead of a re-fit; these count."""
+    return _biased(dense, ratio, "curvature")
+
+
+def sliced(dense: Trial, ratio: float) -> Any:
+    """The default's units, and nothing in their place."""
+    return gp.prune(dense.model, gp.make_plan(dense.statistics("curvature"), backbone_ratio=ratio), compensation="none")
+
+
+def flap(dense: Trial, ratio: float) -> Any:
+    """FLAP's units and biases, which count."""
+    return _biased(dense, ratio, "flap")
+
+
+def flap_sliced(dense: Trial, ratio: float) -> Any:
+    """FLAP's units, and nothing in their place."""
+    return gp.prune(dense.model, gp.make_plan(dense.statistics("flap"), backbone_ratio=ratio), compensation="none")
+
+
+def _biased(dense: Trial, ratio: float, criterion: str) -> Any:
+    statistics = dense.statistics(criterion)
+    plan = gp.make_plan(statistics, backbone_ratio=ratio, bias=True)
+    return gp.prune(dense.model, plan, statistics, compensation="bias")
 
 
 def merged_mean(dense: Trial, ratio: float) -> Any:
@@ -205,6 +231,10 @@ METHODS: dict[str, Callable[[Dense, float], Any]] = {
     "KV groups, whole blocks may go": whole_blocks,
     "query heads, none of the groups": query_heads,
     "KV groups and query heads": groups_and_query_heads,
+    "KV groups, biases in place of a re-fit": bias,
+    "KV groups, sliced only": sliced,
+    "FLAP with its biases": flap,
+    "FLAP, sliced only": flap_sliced,
     "KV heads merged in pairs, mean": merged_mean,
     "KV heads merged in pairs, least squares": merged_least_squares,
 }

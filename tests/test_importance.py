@@ -311,6 +311,32 @@ def test_statistics_folders_are_refused_when_broken(tmp_path: Path) -> None:
         Statistics.load(folder)
 
 
+def test_one_pass_serves_any_number_of_plans() -> None:
+    """Plans of other sizes, floors and allocations, and pruning by them, leave the statistics as they were."""
+    model = tiny_llama(kv_heads=4, ffn=24)
+    calibration = Calibration.from_ids(token_ids(16, 12))
+    statistics, untouched = (collect_statistics(model, calibration) for _ in range(2))
+    demands: list[dict[str, Any]] = [
+        {"backbone_ratio": 0.2},
+        {"ratio": 0.3, "allocation": "uniform"},
+        {"backbone_ratio": 0.6, "min_kv_heads": 0, "min_ffn": 0},
+        {"backbone_ratio": 0.4, "allocation": "query_heads", "model": model},
+        {"backbone_ratio": 0.4, "allocation": "search", "model": model},
+        {"rates": [0.5, 0.0]},
+    ]
+    plans = [make_plan(statistics, **demand) for demand in demands]
+    for plan in plans:
+        prune(model, plan, statistics)
+    assert len({plan.to_json() for plan in plans}) == len(plans)
+    assert [make_plan(statistics, **demand) for demand in reversed(demands)] == plans[::-1]
+    for key, block in untouched.blocks.items():
+        again = statistics.blocks[key]
+        assert torch.equal(again.curve.order, block.curve.order) and torch.equal(again.curve.cost, block.curve.cost)
+        assert block.moments is not None and again.moments is not None and block.moments.gradients is not None
+        assert torch.equal(again.moments.inputs, block.moments.inputs)
+        assert again.moments.gradients is not None and torch.equal(again.moments.gradients, block.moments.gradients)
+
+
 def test_unknown_criterion_names_the_near_match() -> None:
     with pytest.raises(UsageError, match="unknown criterion 'tailor' \\(did you mean 'taylor'\\?\\); allowed: "):
         collected("tailor")
