@@ -69,6 +69,18 @@ def write_json(path: str | os.PathLike[str], data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
+def check_room(folder: Path, size: int, what: str) -> None:
+    """Raise [`UsageError`] unless `folder`, with what it holds already, has room on its disk for `size` bytes of `what`."""
+    there = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+    place = next(path for path in folder.absolute().parents if path.exists())
+    missing, free = size - there, shutil.disk_usage(place).free
+    if missing > free:
+        raise UsageError(
+            f"{what} need {missing / 1e9:.2f} GB more, and {place} has {free / 1e9:.2f} GB left: "
+            "make room, or choose another output"
+        )
+
+
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write a safetensors file; [`WorkError`], naming `path`, where it cannot be written, on a full disk for one."""
     from safetensors import SafetensorError

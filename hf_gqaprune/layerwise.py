@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from .calibration import split_batches
 from .errors import UsageError
 from .files import save_tensors
+from .measurement import check_finite
 from .shards import Checkpoint
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Layers:
 
     def embedded(self, batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """The hidden states `(windows, seq_len, hidden)` of each batch of ids before the first layer."""
-        weight = self.tensor("model.embed_tokens.weight")
+        weight = self._outer("model.embed_tokens.weight")
         yield from (F.embedding(ids, weight) for ids in batches)
 
     @contextmanager
@@ -80,9 +81,15 @@ class Layers:
     def head(self) -> tuple[nn.Module, torch.Tensor]:
         """The last norm, and the weight `(vocabulary, hidden)` of the head."""
         norm: Any = self._skeleton.get_decoder().norm
-        norm.load_state_dict({"weight": self.tensor("model.norm.weight")}, assign=True)
+        norm.load_state_dict({"weight": self._outer("model.norm.weight")}, assign=True)
         tied = self.config.tie_word_embeddings
-        return norm.requires_grad_(False), self.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
+        return norm.requires_grad_(False), self._outer("model.embed_tokens.weight" if tied else "lm_head.weight")
+
+    def _outer(self, name: str) -> torch.Tensor:
+        """A weight that is of no layer; [`WorkError`] where it is not finite."""
+        weight = self.tensor(name)
+        check_finite(name, weight)
+        return weight
 
     def surroundings(self, seq_len: int) -> Surroundings:
         """What a layer needs beside hidden states."""

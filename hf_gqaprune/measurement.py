@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 _TOKENS_PER_CHANNEL = 4
 #: 128 MiB in float32, of which a handful are alive at once
 LOGITS_AT_ONCE = 1 << 25
+#: rows of a weight that are looked at together
+_ROWS = 4096
 #: the target of a token that nothing follows
 _NOTHING = -100
 
@@ -308,18 +310,20 @@ def check_weights(layers: Mapping[int, nn.Module]) -> None:
     """Raise [`WorkError`] for a weight of `{index: layer}` that is not finite."""
     for index, layer in layers.items():
         for name, parameter in layer.named_parameters():
-            _check_finite(f"layer {index}: {name}", parameter)
+            check_finite(f"layer {index}: {name}", parameter)
 
 
 def check_outer_weights(model: PreTrainedModel) -> None:
     """Raise [`WorkError`] for embeddings, a last norm or a head that is not finite."""
     for name, parameter in model.named_parameters():
         if ".layers." not in name:
-            _check_finite(name, parameter)
+            check_finite(name, parameter)
 
 
-def _check_finite(name: str, parameter: torch.Tensor) -> None:
-    if parameter.device.type != "meta" and not bool(torch.isfinite(parameter).all()):
+def check_finite(name: str, parameter: torch.Tensor) -> None:
+    """Raise [`WorkError`] for a weight, called `name`, that is not finite; on the meta device there is nothing to see."""
+    # looking at all of it at once takes twice its memory
+    if parameter.device.type != "meta" and not all(bool(torch.isfinite(rows).all()) for rows in parameter.split(_ROWS)):
         raise WorkError(f"{name} holds values that are not finite; repair the checkpoint first")
 
 

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from .calibration import Calibration, split_batches
 from .errors import UsageError, WorkError, unknown
-from .files import new_folder, refuse_existing, write_json
-from .importance import CRITERIA
+from .files import check_room, new_folder, refuse_existing, write_json
+from .importance import CRITERIA, Criterion
 from .layerwise import Layers, Spill
 from .measurement import Tap, check_tokens, check_weights, loss_gradient
 from .plan import ModelShape
@@ -81,6 +81,7 @@ def stream_statistics(
         check_tokens(calibration, source)
     working = working_folder(target)
     begun = begin(working, resume, overwrite, made_from(folder, layers.checkpoint, calibration, criterion, seed))
+    check_room(working, _room(source, layers.dtype, calibration, CRITERIA[criterion]), "the statistics and activations")
     try:
         working.mkdir(parents=True, exist_ok=True)
         write_json(working / PROGRESS, begun)
@@ -101,6 +102,20 @@ def stream_statistics(
         reason = " ".join(str(error).split())
         raise WorkError(f"{reason}; what was finished is in {working}: pass --resume to go on, or delete it") from error
     return Statistics.load(target)
+
+
+def _room(source: ModelShape, dtype: torch.dtype, calibration: Calibration | None, rule: Criterion) -> int:
+    """Bytes on the disk at their most: of activations at the turn of the passes, or of moments at the end."""
+    if calibration is None:
+        return 0
+    stream = calibration.tokens * source.hidden_size * dtype.itemsize
+    backward = rule.output_gradients or rule.weight_gradients
+    # float32, half of each square
+    gradients = 4 * source.hidden_size**2 if rule.output_gradients else 0
+    moments = [2 * ((s.query_heads * s.head_dim) ** 2 + s.ffn**2) + gradients for s in source.layers]
+    # going back, every layer's moments take the place of its activations
+    most = stream * (len(source.layers) + 2) + max(moments) if backward else 0
+    return max(most, sum(moments) + (3 if backward else 2) * stream)
 
 
 def made_from(
@@ -156,6 +171,7 @@ class _Pass:
                 return
             spill.write(f"gradient-{count}", self._loss_gradients(count))
             spill.commit(f"gradient-{count}")
+            spill.drop(f"input-{count}")
             back = count
         for index in tqdm(range(back - 1, -1, -1), desc="backward", unit="layer", disable=None, leave=False):
             self._back(index)
@@ -180,12 +196,18 @@ class _Pass:
             check_weights({index: layer})
             taps = [] if self.backward else self._taps(index, layer, stack)
             with torch.no_grad():
-                outputs = (self.surroundings.run(layer, hidden) for hidden in spill.read(f"input-{index}"))
-                spill.write(f"input-{index + 1}", outputs)
+                spill.write(f"input-{index + 1}", self._outputs(index, layer))
             self._save(taps)
         spill.commit(f"input-{index + 1}")
         if not self.backward:
             spill.drop(f"input-{index}")
+
+    def _outputs(self, index: int, layer: Any) -> Iterator[torch.Tensor]:
+        for hidden in self.spill.read(f"input-{index}"):
+            output = self.surroundings.run(layer, hidden)
+            if not bool(torch.isfinite(output).all()):
+                raise WorkError(f"layer {index}: what it puts out on calibration text is not finite: activations overflow")
+            yield output
 
     def _loss_gradients(self, count: int) -> Iterator[torch.Tensor]:
         """Of the summed next-token loss with respect to what the last layer puts out."""

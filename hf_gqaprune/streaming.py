@@ -14,7 +14,7 @@ import torch
 
 from . import identity
 from .errors import UsageError, WorkError
-from .files import new_folder, refuse_existing, write_json, write_text
+from .files import check_room, new_folder, refuse_existing, write_json, write_text
 from .layerwise import Layers, expected_tensors, layer_prefix
 from .plan import PruningPlan
 from .shards import INDEX, Checkpoint, ShardWriter, fingerprint
@@ -96,7 +96,10 @@ def prune_checkpoint(
         "statistics": sha256(refitted and refitted.identity()),
     }
     begun = begin(working, resume, overwrite, inputs, ("read", "written"))
-    _check_room(working, writer)
+    walked = refitted.calibration if refitted else None
+    # before and behind a block, of both models
+    streams = 0 if walked is None else 4 * walked.tokens * config.hidden_size * layers.dtype.itemsize
+    check_room(working, sum(writer.files.values()) + streams, "the pruned weights")
     try:
         working.mkdir(parents=True, exist_ok=True)
         write_json(working / PROGRESS, begun)
@@ -238,19 +241,6 @@ def _resume(checkpoint: Checkpoint, writer: ShardWriter, begun: dict[str, Any]) 
     for name, digest in begun["written"].items():
         if name in writer.tensors:
             writer.holds(name, digest)
-
-
-def _check_room(working: Path, writer: ShardWriter) -> None:
-    """Raise [`UsageError`] unless the disk has room for what is still to be written."""
-    there = [working / name for name in writer.files if (working / name).exists()]
-    missing = sum(writer.files.values()) - sum(path.stat().st_blocks * 512 for path in there)
-    place = next(path for path in working.absolute().parents if path.exists())
-    free = shutil.disk_usage(place).free
-    if missing > free:
-        raise UsageError(
-            f"the pruned weights need {missing / 1e9:.2f} GB more, and {place} has {free / 1e9:.2f} GB left: "
-            "make room, or choose another output"
-        )
 
 
 def _pruned_skeleton(folder: Path, config: Any, plan: PruningPlan, dtype: torch.dtype) -> PrunedLlamaForCausalLM:

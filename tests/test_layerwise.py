@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,9 +28,13 @@ from hf_gqaprune import (
     prune_checkpoint,
     stream_statistics,
 )
-from hf_gqaprune.layerwise import Layers
+from hf_gqaprune.files import check_room
+from hf_gqaprune.importance import CRITERIA
+from hf_gqaprune.layerwise import Layers, Spill
 from hf_gqaprune.measurement import loss_gradient
-from hf_gqaprune.trainer.models import load_model
+from hf_gqaprune.plan import ModelShape
+from hf_gqaprune.streamed_statistics import _room
+from hf_gqaprune.trainer.models import load_config, load_model
 
 SHAPES: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     "gqa": ({"layers": 3, "kv_heads": 4, "ffn": 24}, torch.float32),
@@ -243,3 +248,55 @@ def test_the_loss_goes_back_the_same_whether_its_logits_are_whole_or_come_in_par
     for tokens in (1, 7, 36):
         monkeypatch.setattr("hf_gqaprune.measurement.LOGITS_AT_ONCE", tokens * 48)
         assert torch.allclose(loss_gradient(hidden, head, ids, 48), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("criterion", ["curvature", "wanda"])
+def test_room_is_asked_for_what_lies_on_the_disk_at_its_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, criterion: str
+) -> None:
+    """Long windows make activations most of it, at the turn of the passes; short ones moments, at the end."""
+    saved(tmp_path / "dense", layers=3, ffn=200)
+    source, rule = ModelShape.from_config(load_config(tmp_path / "dense")), CRITERIA[criterion]
+    held: list[int] = []
+    real = Spill.commit
+
+    def commit(self: Spill, name: str) -> Any:
+        held.append(sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()))
+        return real(self, name)
+
+    monkeypatch.setattr(Spill, "commit", commit)
+    for ids in (token_ids(300, 60), token_ids(4, 12)):
+        room = _room(source, torch.float32, Calibration.from_ids(ids), rule)
+        held.clear()
+        stream_statistics(tmp_path / "dense", Calibration.from_ids(ids), tmp_path / "out", criterion=criterion, overwrite=True)
+        # headers and curves beside
+        assert max(held) - 40_000 < room < max(held) * 1.3 + 40_000
+
+
+def test_too_little_room_is_told_before_any_work(tmp_path: Path) -> None:
+    total = shutil.disk_usage(tmp_path).total
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UsageError, match=r"the moments need \d+\.\d\d GB more, and .* has \d+\.\d\d GB left: make room"):
+        check_room(tmp_path / "there" / "working", 2 * total, "the moments")
+    check_room(tmp_path / "there" / "working", 1, "the moments")
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+def test_embeddings_norm_and_head_are_named_too(tmp_path: Path, name: str) -> None:
+    saved(tmp_path / "dense", layers=2)
+    path = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name].view(-1)[3] = torch.inf
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(WorkError, match=f"{name} holds values that are not finite; repair the checkpoint first"):
+        stream_statistics(tmp_path / "dense", windows(), tmp_path / "out")
+
+
+def test_the_layer_whose_activations_overflow_is_named(tmp_path: Path) -> None:
+    saved(tmp_path / "dense", layers=2)
+    path = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.down_proj.weight"].fill_(3e38)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(WorkError, match="layer 1: what it puts out on calibration text is not finite"):
+        stream_statistics(tmp_path / "dense", windows(), tmp_path / "out")
