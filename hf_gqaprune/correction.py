@@ -107,7 +107,7 @@ class Predictions:
 
     batches: list[torch.Tensor]
     hidden: list[torch.Tensor]
-    head: nn.Module
+    head: nn.Linear
     tokens: int
 
     @staticmethod

@@ -136,6 +136,33 @@ def test_killed_while_measuring_and_while_pruning(larger: Path) -> None:
     assert names(place) == ["model", "out", "text.txt", "whole"]
 
 
+def test_a_recipe_may_name_the_bound(larger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = larger
+    recipe = {
+        "model": str(place / "model"),
+        "output": str(place / "run"),
+        "calibration": {"data": [str(place / "text.txt")], "samples": 20, "seq_len": 32},
+        "prune": {"backbone_ratio": 0.3, "memory": "2GiB"},
+        "recover": None,
+        "evaluate": {"data": [str(place / "other.txt")], "seq_len": 32},
+        "card": {"license": "apache-2.0"},
+    }
+    (place / "other.txt").write_text(TEXT.upper())
+    (place / "recipe.yaml").write_text(json.dumps(recipe))
+    assert main(command(place, "prune", "whole", "--compensation", "least_squares")) == 0
+    with files_of_at_most(30_000):
+        assert "pass --resume to go on" in refused(capsys, ["run", str(place / "recipe.yaml")], 1)
+    kept = place / "run" / ".pruned.measured" / ".statistics.unfinished"
+    assert kept.is_dir() and not (place / "run" / "pruned").exists()
+    assert main(["run", str(place / "recipe.yaml"), "--resume"]) == 0
+    assert not kept.parent.exists()
+    weights = "model.safetensors"
+    assert (place / "run" / "pruned" / weights).read_bytes() == (place / "whole" / weights).read_bytes()
+    assert "--memory 'much' is not a size" in refused(
+        capsys, ["run", str(place / "recipe.yaml"), "--set", "prune.memory=much", "--overwrite"]
+    )
+
+
 def refused(capsys: pytest.CaptureFixture[str], line: list[str], code: int = 2) -> str:
     """Run a command that must fail; return its one line."""
     capsys.readouterr()
