@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -175,8 +176,11 @@ def test_recover_and_merge(capsys, tmp_path, model, text):
     # the base has moved
     elsewhere = model.rename(tmp_path / "elsewhere")
     assert "name it with --base" in refused(capsys, "merge", out / "adapter", "-o", again)
-    assert main(["merge", str(out / "adapter"), "--base", str(elsewhere), "-o", str(again)]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert main(["merge", str(out / "adapter"), "--base", str(elsewhere), "-o", str(again)]) == 0
     assert identity.fingerprint(again) == identity.fingerprint(out)
+    assert f"no adapter in {out}: give {out}/adapter" in refused(capsys, "merge", out, "-o", tmp_path / "three")
     assert "no adapter in" in refused(capsys, "merge", tmp_path / "gone", "-o", tmp_path / "three")
     assert "was trained on weights" in refused(capsys, "merge", out / "adapter", "--base", out, "-o", tmp_path / "three")
     # what will be evaluated on never trains

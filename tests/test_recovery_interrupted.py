@@ -114,7 +114,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(pruned: Path, text: str, t
     _, told = child.communicate()
     last = checkpoints.latest(work)
     assert last is not None
-    assert f"{last} is kept: go on with --resume" in told and "could not be written" in told
+    assert f"{last} is kept: go on with --resume" in told and "could not be written" in told and "MiB of the disk are free" in told
     recover(pruned, [text], out, resume=True, **settings)
     assert_equal_weights(out, tmp_path / "straight")
 

@@ -65,6 +65,11 @@ def remove_incomplete(folder: Path) -> None:
             shutil.rmtree(checkpoint)
 
 
+def free_space(folder: Path) -> str:
+    """What is left on the disk of `folder`: some writers fail without saying that it is full."""
+    return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB of the disk are free"
+
+
 def _newest_first(folder: Path) -> list[Path]:
     found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]

@@ -13,6 +13,7 @@ from .. import identity
 from ..errors import UsageError
 from ..files import new_folder, refuse_existing, write_json
 from .models import load_config, load_model, local_folder, stored_dtype
+from .quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 #: beside an adapter: where its base lies on this machine; never published
 BASE_FILE = "local_base.json"
 ADAPTER_CONFIG = "adapter_config.json"
+#: in a recovered checkpoint: the adapter, which `merge` folds in again
+ADAPTER = "adapter"
 #: what a checkpoint has besides config and weights, as far as it has it
 _CARRIED = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -50,7 +53,7 @@ def merge(adapter: str | Path, output: str | Path, *, base: str | Path | None = 
     target = refuse_existing(output, overwrite)
     adapter = Path(adapter)
     folder = base_of(adapter, base)
-    with new_folder(target, overwrite) as scratch:
+    with quiet(), new_folder(target, overwrite) as scratch:
         write_checkpoint(merged(adapter, folder), folder, scratch)
     return target
 
@@ -58,7 +61,9 @@ def merge(adapter: str | Path, output: str | Path, *, base: str | Path | None = 
 def base_of(adapter: Path, base: str | Path | None = None) -> Path:
     """Folder of the checkpoint that `adapter` was trained on. Raises [`UsageError`] as `merge`."""
     if not (adapter / ADAPTER_CONFIG).is_file():
-        raise UsageError(f"no adapter in {adapter}: give a folder with {ADAPTER_CONFIG}")
+        inner = adapter / ADAPTER
+        wanted = str(inner) if (inner / ADAPTER_CONFIG).is_file() else f"a folder with {ADAPTER_CONFIG}"
+        raise UsageError(f"no adapter in {adapter}: give {wanted}")
     known = identity.read(adapter)
     if known is None:
         raise UsageError(f"{adapter} has no {identity.FILE}, which says what weights it was trained on")

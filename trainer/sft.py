@@ -85,7 +85,8 @@ class RecoveryTrainer(SFTTrainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             kept = checkpoints.latest(folder.parent)
             raise WorkError(
-                f"{folder} could not be written ({error})" + (f"; {kept} is kept: go on with --resume" if kept else "")
+                f"{folder} could not be written ({error}; {checkpoints.free_space(folder.parent)})"
+                + (f"; {kept} is kept: go on with --resume" if kept else "")
             ) from error
 
     def _distilled(

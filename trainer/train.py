@@ -6,9 +6,7 @@ import math
 import shutil
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +23,7 @@ from .blockwise import EPOCHS, reconstruct
 from .data import TrainingData, load_data
 from .distill import Teacher
 from .log import CURVE_FILE, LOG_FILE, draw, training_log
-from .merge import merged, write_adapter_identity, write_checkpoint
+from .merge import ADAPTER, merged, write_adapter_identity, write_checkpoint
 from .models import (
     autocast_bf16,
     computable_dtype,
@@ -39,6 +37,7 @@ from .models import (
     stored_dtype,
     training_dtype,
 )
+from .quiet import quiet
 from .request import REQUEST_FILE, Request, check_output
 from .teacher_cache import TeacherCache, is_cached, write_cache
 
@@ -50,8 +49,6 @@ if TYPE_CHECKING:
 
     from .sft import RecoveryTrainer
 
-#: in the recovered checkpoint: the adapter, which `merge` folds in again
-ADAPTER = "adapter"
 #: points of the loss curve
 _LOG_POINTS = 50
 
@@ -134,7 +131,8 @@ def _train(request: Request) -> Path:
             lock.release()
     except (OSError, SafetensorError) as error:
         raise WorkError(
-            f"{request.output} could not be written ({error}); the training is kept in {request.work}: go on with --resume"
+            f"{request.output} could not be written ({error}; {checkpoints.free_space(request.work)}); the training is kept "
+            f"in {request.work}: go on with --resume"
         ) from error
     state.wait_for_everyone()
     return Path(request.output)
@@ -338,27 +336,3 @@ def _write_output(request: Request, folder: Path, trained: Path, log: dict[str, 
             for path in (path for pattern in keep for path in trained.glob(pattern)):
                 shutil.copyfile(path, scratch / ADAPTER / path.name)
     shutil.rmtree(request.work)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars where there is no terminal, and no warnings about calls that are not the user's."""
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from transformers.utils import logging
-
-    hidden = []
-    if not sys.stderr.isatty():
-        if logging.is_progress_bar_enabled():
-            logging.disable_progress_bar()
-            hidden.append(logging.enable_progress_bar)
-        if not are_progress_bars_disabled():
-            disable_progress_bars()
-            hidden.append(enable_progress_bars)
-    try:
-        with warnings.catch_warnings():
-            # peft asks transformers by the old name
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            yield
-    finally:
-        for show in hidden:
-            show()

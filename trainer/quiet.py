@@ -1,0 +1,32 @@
+"""What libraries say of themselves is kept from the user."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars where there is no terminal, and no warnings about calls that are not the user's."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    hidden = []
+    if not sys.stderr.isatty():
+        if logging.is_progress_bar_enabled():
+            logging.disable_progress_bar()
+            hidden.append(logging.enable_progress_bar)
+        if not are_progress_bars_disabled():
+            disable_progress_bars()
+            hidden.append(enable_progress_bars)
+    try:
+        with warnings.catch_warnings():
+            # peft asks transformers by the old name
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            yield
+    finally:
+        for show in hidden:
+            show()
