@@ -127,10 +127,10 @@ def _merged(dense: Trial, ratio: float, least_squares: bool) -> Any:
         hidden = [dense.model.get_input_embeddings()(batch) for batch in ids]
     surroundings = Surroundings(config, dense.model.model.rotary_emb, calibration.ids.shape[1], torch.float32)
     walk = Walk(hidden, hidden, held_out, surroundings, merged.config)
-    for layer, new in zip(dense.model.model.layers, merged.model.layers, strict=True):
+    for index, (layer, new) in enumerate(zip(dense.model.model.layers, merged.model.layers, strict=True)):
         for kind in (ATTENTION, MLP):
             # sizes alone do not tell that the first layer differs
-            walk.block(kind, layer, new, True)
+            walk.block(index, kind, layer, new, True)
     return merged
 
 

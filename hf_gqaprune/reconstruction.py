@@ -6,6 +6,7 @@ inputs that it really gets, those of the already pruned and re-fitted prefix, so
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 from . import ranks
 from .calibration import Calibration
+from .errors import WorkError
 from .factors import cholesky_, mirror_, solve_
 from .layerwise import Surroundings, batches_of
 
@@ -106,6 +108,9 @@ def refit_on_pruned_prefix(model: Any, pruned: Any, calibration: Calibration) ->
         model: the dense causal LM.
         pruned: the pruned causal LM; its weights change.
         calibration: windows; one in eight is held out to choose the ridges and then fitted too.
+
+    Raises:
+        WorkError: activations that are not finite, by layer and block.
     """
     from tqdm.auto import tqdm
 
@@ -119,11 +124,10 @@ def refit_on_pruned_prefix(model: Any, pruned: Any, calibration: Calibration) ->
     walk = Walk(hidden, hidden, held_out, surroundings, pruned.config)
     differs = False
     dense_layers, pruned_layers = model.get_decoder().layers, pruned.get_decoder().layers
-    for dense_layer, layer in tqdm(
-        list(zip(dense_layers, pruned_layers, strict=True)), desc="re-fitting", unit="layer", disable=None, leave=False
-    ):
+    pairs = list(zip(dense_layers, pruned_layers, strict=True))
+    for index, (dense_layer, layer) in enumerate(tqdm(pairs, desc="re-fitting", unit="layer", disable=None, leave=False)):
         for kind in _BLOCKS:
-            differs = walk.block(kind, dense_layer, layer, differs)
+            differs = walk.block(index, kind, dense_layer, layer, differs)
 
 
 Stream = Iterable[torch.Tensor]
@@ -154,10 +158,12 @@ class Walk:
         self.dense, self.pruned, self.held_out = dense, pruned, held_out
         self.surroundings, self.keep = surroundings, keep
         self.configs = (surroundings.config, config)
+        self.where = ""
 
     @torch.no_grad()
-    def block(self, kind: str, dense_layer: Any, layer: Any, differs: bool) -> bool:
+    def block(self, index: int, kind: str, dense_layer: Any, layer: Any, differs: bool) -> bool:
         """Re-fit one block if the streams or the sizes differ, advance both streams; return whether they now differ."""
+        self.where = f"layer {index} {kind}"
         name, norm, inputs, output = _BLOCKS[kind]
         if getattr(dense_layer, name) is None:
             return differs
@@ -201,7 +207,7 @@ class Walk:
             prior = linear.weight.double().cpu()
             # T = W a for the dense inputs a, so its sums follow from those of a
             fit, held = (NormalEquations(s.gram.clone(), prior @ s.cross, 0.0) for s in sums)
-            _assign(linear, _best(fit, held, linear.weight))
+            _assign(linear, _best(fit, held, linear.weight, self.where))
 
     def _fit_output(
         self, kind: str, linear: nn.Linear, block: nn.Module, norm: nn.Module, targets: Stream
@@ -219,11 +225,16 @@ class Walk:
             hook.remove()
         for total in sums:
             total.add_up(linear.weight.device)
-        _assign(linear, _best(sums[0], sums[1], linear.weight))
+        _assign(linear, _best(sums[0], sums[1], linear.weight, self.where))
 
 
-def _best(fit: NormalEquations, held: NormalEquations, prior: torch.Tensor) -> torch.Tensor:
-    """Choose the ridge on the held-out sums, then solve with all of them; `fit` becomes their sum."""
+def _best(fit: NormalEquations, held: NormalEquations, prior: torch.Tensor, where: str) -> torch.Tensor:
+    """Choose the ridge on the held-out sums, then solve with all of them; `fit` becomes their sum.
+
+    Raises [`WorkError`], saying `where`, for sums that are not finite.
+    """
+    if not all(math.isfinite(float(s.gram.diagonal().sum() + s.cross.sum())) for s in (fit, held)):
+        raise WorkError(f"{where}: activations overflow while it is re-fitted: load the model in float32 or bfloat16")
     if not bool(held.gram.any()):
         return fit.solve(prior, RIDGES[len(RIDGES) // 2])
     errors = [held.error(fit.solve(prior, ridge)) for ridge in RIDGES]

@@ -61,7 +61,7 @@ class Refit:
             layer = self.pruned.get_decoder().layers[index]
             with placed(layer, new):
                 for kind in ("attention", "mlp"):
-                    self.differs = self.walk.block(kind, dense, layer, self.differs)
+                    self.differs = self.walk.block(index, kind, dense, layer, self.differs)
                 new = dict(layer.state_dict())
             streams = {"dense": self.walk.dense, "pruned": self.walk.pruned}
             names = {key: stream.name for key, stream in streams.items() if isinstance(stream, Spilled)}
