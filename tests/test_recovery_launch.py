@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_gqaprune import UsageError
 from hf_gqaprune.configuration import builtin
+from hf_gqaprune.trainer.presets import Settings
 from hf_gqaprune.trainer.recover import accelerate_flags, launch, main
 from hf_gqaprune.trainer.request import make_request
 from hf_gqaprune.trainer.train import plan_steps
@@ -181,10 +183,15 @@ def test_a_request_survives_the_way_to_the_processes(folder: Path, text: str, tm
 
     request = make_request(
         folder, [text, f"{text}=0.5"], tmp_path / "out", preset="alpaca", seed=3, teacher=folder, distillation=0.5,
-        evaluation=["demo"], report_to=["tensorboard"], **{**SETTINGS, "max_tokens": None},
+        evaluation=["demo"], **{**SETTINGS, "max_tokens": None},
     )  # fmt: skip
     assert request_from_yaml(yaml.safe_dump(request.to_dict())) == request
     assert request.settings.max_tokens is None
+    # trackers need not be installed for this
+    tracked = replace(request, settings=replace(request.settings, report_to=("tensorboard", "wandb")))
+    arguments = yaml.safe_load(yaml.safe_dump(tracked.to_dict()))
+    settings = {name: value for name, value in arguments.items() if name in Settings.__dataclass_fields__}
+    assert Settings.from_dict(settings) == tracked.settings
 
 
 def test_a_failure_is_told_with_its_reason(folder: Path, text: str, tmp_path: Path) -> None:
