@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 TOKENS_PER_BATCH = 8192
 #: half a gigabyte in float32
 LOGITS_PER_BATCH = 1 << 27
-#: one window in this many is held out of the statistics, for choices that must not be made on the fitted windows
+#: one window in this many is held out of re-fitting and steps, for choices that must not be made on the fitted windows;
+#: moments and curves are taken over all
 HELD_OUT_EVERY = 8
 
 

@@ -1,7 +1,8 @@
 """Removal counts, statistics and a dense model in; counts of the same budget that keep the predictions better out.
 
 Curves add up what each block costs by itself. The search measures what the blocks cost together: the divergence of the
-masked dense model, its output projections re-fitted, on calibration windows that nothing was fitted to.
+masked dense model, its output projections re-fitted, on the held-out calibration windows. These choose ridges, step
+lengths and trades; the moments and curves have seen them with all the others.
 """
 
 from __future__ import annotations
