@@ -104,15 +104,14 @@ def prune_model(
     from .trainer.models import load_model
 
     refuse_existing(output, overwrite)
-    replayed = request.plan is not None and request.fitting == "none"
-    if resume and not (replayed or request.memory):
+    if resume and not request.streamed:
         raise UsageError(
             "only what goes layer by layer can be resumed, --memory SIZE or a saved plan without compensation: "
             "leave --resume out"
         )
     device = _device(request)
     prepared = prepare(request)
-    if replayed or request.memory:
+    if request.streamed:
         return prune_bounded(prepared, output, overwrite=overwrite, resume=resume)
     model = load_model(prepared.folder)
     model = model.to(device) if device else model
@@ -130,8 +129,7 @@ def prune_model(
 def _device(request: PruneRequest) -> torch.device | None:
     """Where this process computes under `accelerate launch`; [`UsageError`] for what is done by one process."""
     device = ranks.join()
-    streamed = request.memory or (request.plan is not None and request.fitting == "none")
-    if device is not None and streamed:
+    if device is not None and request.streamed:
         raise UsageError(
             "--memory, and a saved plan without compensation, are the work of one process: leave accelerate launch out"
         )

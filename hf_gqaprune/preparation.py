@@ -50,6 +50,11 @@ class PruneRequest:
         """The compensation, whether it was named or not."""
         return self.compensation or ("least_squares" if self.memory else "natural_gradient")
 
+    @property
+    def streamed(self) -> bool:
+        """Whether it is done layer by layer: within a bound, or because a saved plan is only replayed."""
+        return self.memory is not None or (self.plan is not None and self.fitting == "none")
+
     def demand(self) -> dict[str, Any]:
         """The arguments of `make_plan` that say how much goes, and from where."""
         from .planner import Demand

@@ -15,6 +15,7 @@ import torch
 from .allocation import Budget, Key, allocate_global
 from .curvature import remove_within
 from .errors import UsageError
+from .factors import fill_, invert_, weighted_gram
 from .plan import LayerPlan
 from .statistics import Statistics
 from .torch_pruning import OUTPUT_PROJECTION, UnitSlices, trace_units
@@ -59,7 +60,7 @@ def thinned(second_moment: torch.Tensor, gram: torch.Tensor, slices: UnitSlices)
     columns = slices.query[OUTPUT_PROJECTION["attention"]]  # (n_q, head_dim)
     owner = slices.group_of_query.tolist()
     groups = max(owner) + 1
-    p, a = torch.cholesky_inverse(torch.linalg.cholesky(second_moment)), gram.clone()
+    p, a = fill_(invert_(second_moment.clone())), gram
     alive, spent = list(range(len(owner))), 0.0
     while True:
         left = len(alive) // groups
@@ -169,7 +170,6 @@ def options_of(model: PreTrainedModel, statistics: Statistics, layers: set[int])
         if moments is None or moments.gradients is None:
             raise UsageError("allocation query_heads needs statistics with moments: collect them with moments=True")
         linear = model.get_decoder().layers[layer].get_submodule(OUTPUT_PROJECTION["attention"])
-        weight = linear.weight.detach().double().cpu()
-        gram = weight.T @ moments.gradients.double() @ weight
+        gram = fill_(weighted_gram(linear.weight.detach(), moments.gradients))
         found[layer] = list(thinned(moments.ridged(), gram, slices[layer]))
     return found

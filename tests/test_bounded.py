@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from disk import contents, files_of_at_most
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -45,10 +44,6 @@ def command(place: Path, verb: str, output: str, *flags: object) -> list[str]:
 
 
 MEMORY = ("--memory", "2GiB")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def names(folder: Path) -> list[str]:
@@ -170,17 +165,6 @@ def refused(capsys: pytest.CaptureFixture[str], line: list[str], code: int = 2) 
     told = capsys.readouterr().err.strip().splitlines()
     assert len(told) == 1, told
     return told[0]
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """No file of this process may grow beyond `size` bytes: the disk is full there."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_the_disk_fills_up_and_the_next_call_goes_on(larger: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from recovering import SETTINGS, assert_equal_weights, prune_to, weights, write_animals
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_gqaprune import PrunedLlamaForCausalLM, UsageError, WorkError, identity, merge, recover
 from hf_gqaprune.trainer.models import lora_targets
@@ -21,13 +21,6 @@ from hf_gqaprune.trainer.models import lora_targets
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_animals(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture
-def dense(tmp_path: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Path:
-    llama.save_pretrained(tmp_path / "dense")
-    tokenizer.save_pretrained(tmp_path / "dense")
-    return tmp_path / "dense"
 
 
 @pytest.fixture

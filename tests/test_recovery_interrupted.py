@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from disk import files_of_at_most
 from recovering import SETTINGS, assert_equal_weights, prune_to, write_animals
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_gqaprune import UsageError, WorkError, recover
 from hf_gqaprune.trainer import checkpoints
@@ -23,13 +23,6 @@ from hf_gqaprune.trainer import checkpoints
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_animals(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture
-def dense(tmp_path: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Path:
-    llama.save_pretrained(tmp_path / "dense")
-    tokenizer.save_pretrained(tmp_path / "dense")
-    return tmp_path / "dense"
 
 
 @pytest.fixture
@@ -124,15 +117,11 @@ def test_no_room_for_the_result_keeps_the_training(pruned: Path, text: str, tmp_
     settings = {**SETTINGS, "held_out_tokens": 0}
     recover(pruned, [text], tmp_path / "straight", **settings)
     sizes = [path.stat().st_size for path in (tmp_path / "straight").rglob("*.safetensors")]
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     # more than a checkpoint's parts and less than the merged weights
     assert max(sizes) > 4 * min(sizes)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (max(sizes) - 1, hard))
-    try:
-        with pytest.raises(WorkError, match="out could not be written .*out.training: go on with --resume"):
-            recover(pruned, [text], out, **settings)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    told = "out could not be written .*out.training: go on with --resume"
+    with files_of_at_most(max(sizes) - 1), pytest.raises(WorkError, match=told):
+        recover(pruned, [text], out, **settings)
     assert not out.exists() and checkpoints.latest(work) is not None
     recover(pruned, [text], out, resume=True, **settings)
     assert_equal_weights(out, tmp_path / "straight")

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from disk import contents, files_of_at_most
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -49,10 +47,6 @@ def thinned(source: ModelShape, seed: int = 0, skip: tuple[tuple[int, str], ...]
 
 def plan_for(model: PreTrainedModel, seed: int = 0, skip: tuple[tuple[int, str], ...] = ()) -> PruningPlan:
     return thinned(ModelShape.from_config(model.config), seed, skip)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def in_memory(folder: Path, plan: PruningPlan, output: Path, max_shard_size: int | str = "50GB") -> dict[str, bytes]:
@@ -169,17 +163,6 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path: Path, llama: PreTrai
     assert GenerationConfig.from_pretrained(tmp_path / "out").temperature == 0.5
     assert (tmp_path / "out" / "LICENSE.txt").read_text() == "terms"
     assert not (tmp_path / "out" / "optimizer.pt").exists()
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """No file of this process may grow beyond `size` bytes: the disk is full there."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_the_disk_fills_up_at_any_layer_and_the_next_call_goes_on(tmp_path: Path) -> None:
