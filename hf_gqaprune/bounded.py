@@ -8,18 +8,23 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .devices import within
 from .errors import UsageError
 from .files import refuse_existing, write_json
+from .memory import parse_size
 from .preparation import Prepared
 from .unfinished import PROGRESS, begin, refuse_unfinished, working_folder
 
 if TYPE_CHECKING:
     from .plan import PruningPlan
     from .statistics import Statistics
+
+
+_WAY_OUT = "what was finished is kept for --resume; more --memory, a shorter --seq-len, or --device cpu"
 
 
 @contextmanager
@@ -70,10 +75,18 @@ def prune_bounded(prepared: Prepared, output: str | Path, *, overwrite: bool, re
     with measured(prepared, target, overwrite=overwrite, resume=resume) as statistics:
         plan = prepared.plan or make_plan(statistics, **request.demand())
         moments = statistics if compensation != "none" else None
-        prune_checkpoint(
-            prepared.folder, plan, target, moments, compensation=compensation, overwrite=overwrite, resume=resume
-        )
+        with _bounded(prepared):
+            prune_checkpoint(
+                prepared.folder, plan, target, moments,
+                compensation=compensation, overwrite=overwrite, resume=resume, device=prepared.device,
+            )  # fmt: skip
     return plan
+
+
+def _bounded(prepared: Prepared) -> AbstractContextManager[None]:
+    """Where all that computes is done."""
+    memory = prepared.request.memory
+    return within(prepared.device, _WAY_OUT, parse_size(memory) if memory else None)
 
 
 def _stream(prepared: Prepared, working: Path, *, overwrite: bool, resume: bool) -> Statistics:
@@ -83,9 +96,9 @@ def _stream(prepared: Prepared, working: Path, *, overwrite: bool, resume: bool)
     from .streamed_statistics import made_from, stream_statistics
     from .trainer.models import load_config
 
-    folder, seed = prepared.folder, prepared.request.seed
+    folder, seed, device = prepared.folder, prepared.request.seed, prepared.device
     checkpoint = Layers(folder, load_config(folder)).checkpoint
-    inputs = made_from(folder, checkpoint, prepared.calibration, prepared.measured, seed)
+    inputs = made_from(folder, checkpoint, prepared.calibration, prepared.measured, seed, device)
     begun = begin(working, resume, overwrite, inputs)
     working.mkdir(parents=True, exist_ok=True)
     write_json(working / PROGRESS, begun)
@@ -93,4 +106,7 @@ def _stream(prepared: Prepared, working: Path, *, overwrite: bool, resume: bool)
     if done.exists():
         return Statistics.load(done)
     # what `begin` let through was begun with the same inputs
-    return stream_statistics(folder, prepared.calibration, done, criterion=prepared.measured, seed=seed, resume=True)
+    with _bounded(prepared):
+        return stream_statistics(
+            folder, prepared.calibration, done, criterion=prepared.measured, seed=seed, resume=True, device=device
+        )

@@ -137,7 +137,7 @@ class _Step:
 
     def take(self, length: float) -> None:
         for weight, start, direction in self.moves:
-            weight.data.copy_(start.double().cpu() - length * direction if length else start)
+            weight.data.copy_(start.double() - length * direction.to(start.device) if length else start)
 
 
 class _Tap:
@@ -168,12 +168,12 @@ class _Tap:
         stack.callback(self.linear.register_forward_hook(self._forward).remove)
 
     def direction(self) -> torch.Tensor:
-        """(G + rI)^-1 D (H + rI)^-1, float64 `(out_features, in_features)` on the CPU."""
+        """(G + rI)^-1 D (H + rI)^-1, float64 `(out_features, in_features)`, made on the device and kept on the CPU."""
         if self._factors is None:
-            self._factors = (_factor(self.outputs, self.tokens), _factor(self.inputs, self.tokens))
-        outputs, inputs = self._factors
-        left = torch.cholesky_solve(self.slope.double().cpu() / self.tokens, outputs)
-        return torch.cholesky_solve(left.T, inputs).T
+            self._factors = (_factor(self.outputs, self.tokens).cpu(), _factor(self.inputs, self.tokens).cpu())
+        outputs, inputs = (factor.to(self.slope.device) for factor in self._factors)
+        left = torch.cholesky_solve(self.slope.double() / self.tokens, outputs)
+        return torch.cholesky_solve(left.T, inputs).T.cpu()
 
     def add_up(self) -> None:
         """Sum what the last pass added over processes."""
@@ -210,8 +210,8 @@ def _measure(fitted: Predictions, pruned: Any, seed: int, taps: list[_Tap]) -> N
     """One pass of the pruned model over the fitted windows; it goes back once, the first time twice."""
     from tqdm.auto import tqdm
 
-    generator = torch.Generator().manual_seed(seed + ranks.index())
     device = pruned.get_input_embeddings().weight.device
+    generator = torch.Generator(device).manual_seed(seed + ranks.index())
     with ExitStack() as stack:
         stack.enter_context(frozen(pruned))
         for tap in taps:
@@ -228,7 +228,7 @@ def _measure(fitted: Predictions, pruned: Any, seed: int, taps: list[_Tap]) -> N
             torch.autograd.backward(-(wanted * given).sum(), retain_graph=not taps[0].curved)
             if taps[0].curved:
                 continue
-            drawn = torch.multinomial(wanted.flatten(0, 1).cpu(), 1, generator=generator).to(device)
+            drawn = torch.multinomial(wanted.flatten(0, 1), 1, generator=generator)
             for tap in taps:
                 tap.drawn = True
             torch.autograd.backward(-given.flatten(0, 1).gather(1, drawn).sum())
@@ -251,7 +251,7 @@ def _divergence(held_out: Predictions, pruned: Any) -> float:
 
 def _factor(total: torch.Tensor, tokens: int) -> torch.Tensor:
     """Cholesky factor of the mean with its ridge, float64."""
-    mean = total.double().cpu() / tokens
+    mean = total.double() / tokens
     scale = float(mean.diagonal().mean())
     mean.diagonal().add_(RIDGE * scale if scale > 0 else 1.0)
     return torch.linalg.cholesky(mean)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .factors import fill_, invert_
@@ -34,7 +36,7 @@ def remove_greedily(
         columns: int64 `(n_units, width)`, the columns of each unit.
 
     Returns:
-        order: int64 `(n_units,)`, units in order of removal.
+        order: int64 `(n_units,)`, units in order of removal, on the CPU like `cost`.
         cost: float64 `(n_units,)`, cumulative cost, non-decreasing.
 
     Raises:
@@ -123,12 +125,11 @@ def _pick(p: torch.Tensor, a: torch.Tensor, s: torch.Tensor, r: torch.Tensor) ->
         p: `(n, n)`, left as it is, like `a`.
         s: `(removals, n)`, filled row by row, like `r`.
     """
-    # an operation on a short vector costs numpy a fraction of what it costs torch; both see the same memory
-    p_rows, a_rows = p.numpy(), a.numpy()
-    p_diagonal, a_half = p_rows.diagonal().copy(), a_rows.diagonal() / 2
+    p_rows, a_rows, s_rows, r_rows = map(_array, (p, a, s, r))
+    p_diagonal, a_half = _array(p.diagonal().clone()), _array(a.diagonal() / 2)
     picked: list[int] = []
     costs: list[float] = []
-    for k, (s_row, r_row) in enumerate(zip(s.numpy(), r.numpy(), strict=True)):
+    for k, (s_row, r_row) in enumerate(zip(s_rows, r_rows, strict=True)):
         ratios = a_half / p_diagonal
         u = int(ratios.argmin())
         half_cost, scale = float(ratios[u]), float(p_diagonal[u]) ** -0.5
@@ -146,6 +147,11 @@ def _pick(p: torch.Tensor, a: torch.Tensor, s: torch.Tensor, r: torch.Tensor) ->
         picked.append(u)
         costs.append(2 * half_cost)
     return picked, costs
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    """The same memory as numpy sees it, where it can: there an operation on a short vector costs a fraction of torch's."""
+    return tensor.numpy() if tensor.device.type == "cpu" else tensor
 
 
 def _move(matrix: torch.Tensor, holes: list[int], tail: list[int], n: int) -> None:

@@ -61,7 +61,7 @@ def invert_(matrix: torch.Tensor) -> torch.Tensor:
     # L^-1, from the last columns to the first, each from its last rows to the first
     for start, end in reversed(list(_blocks(0, n))):
         square = matrix[start:end, start:end]
-        inverse = solve_triangular(square, torch.eye(end - start, dtype=matrix.dtype), upper=False)
+        inverse = solve_triangular(square, torch.eye(end - start, dtype=matrix.dtype, device=matrix.device), upper=False)
         for first, last in reversed(list(_blocks(end, n))):
             rows = matrix[first:last, first:last].tril() @ matrix[first:last, start:end]
             rows.addmm_(matrix[first:last, end:first], matrix[end:first, start:end])
@@ -119,16 +119,16 @@ def mirror_(matrix: torch.Tensor, *, from_upper: bool = False) -> torch.Tensor:
 
 
 def weighted_gram(weight: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
-    """W^T G W in float64 on the CPU, but for what `fill_` adds.
+    """W^T G W in float64 on the device of G, but for what `fill_` adds.
 
     Args:
         weight: W, `(d, n)`, any float dtype.
         metric: G, symmetric `(d, d)`, any float dtype.
     """
-    w, g = weight.double().cpu(), metric.double().cpu()
+    w, g = weight.to(metric.device).double(), metric.double()
     n = w.shape[1]
     # memory that is not written to is not taken
-    gram = torch.empty(n, n, dtype=torch.float64)
+    gram = torch.empty(n, n, dtype=torch.float64, device=g.device)
     for start, end in _blocks(0, n):
         torch.mm(w[:, start:end].T @ g, w[:, :end], out=gram[start:end, :end])
     return gram

@@ -144,7 +144,7 @@ def wanda(block: Block) -> Curve:
     """
     assert block.moments is not None  # noqa: S101  (registered with moments=True)
     norms = block.moments.inputs.diagonal().clamp(min=0).sqrt()
-    columns = block.weights[block.output].float().abs().sum(0).cpu() * norms
+    columns = (block.weights[block.output].float().abs().sum(0) * norms).cpu()
     return Curve.from_scores(columns.double()[block.columns].sum(1))
 
 
@@ -159,7 +159,7 @@ def flap(block: Block) -> Curve:
     assert block.moments is not None  # noqa: S101  (registered with moments=True)
     mean = block.moments.input_mean.double()
     variance = (block.moments.inputs.diagonal().double() - mean.square()).clamp(min=0)
-    columns = variance * block.weights[block.output].double().square().sum(0).cpu()
+    columns = (variance * block.weights[block.output].double().square().sum(0)).cpu()
     scores = columns[block.columns].sum(1)  # (n_units,)
     spread = float(scores.std()) if len(scores) > 1 else 0.0
     # units that are equal but for rounding all stand at 0

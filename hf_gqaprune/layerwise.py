@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .calibration import split_batches
+from .devices import CPU
 from .errors import UsageError
 from .files import save_tensors
 from .measurement import check_finite
@@ -32,9 +33,10 @@ class Layers:
         checkpoint: the tensors on disk.
         config: of the model.
         dtype: what weights are loaded as, the same as `from_pretrained(dtype="auto")`.
+        device: where they are used.
     """
 
-    def __init__(self, folder: Path, config: Any) -> None:
+    def __init__(self, folder: Path, config: Any, device: torch.device = CPU) -> None:
         """Check that `folder` holds what `config` asks for; no weight is read.
 
         Raises:
@@ -44,7 +46,7 @@ class Layers:
             raise UsageError(
                 f"{folder} is quantized, and cutting needs the plain weights: give the checkpoint it was made from"
             )
-        self.config = config
+        self.config, self.device = config, device
         self.checkpoint = Checkpoint(folder)
         self._skeleton = skeleton(config)
         _check_tensors(folder, self.checkpoint, self._skeleton)
@@ -60,13 +62,13 @@ class Layers:
         self.checkpoint.__exit__(*error)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A weight on the CPU."""
-        return self.checkpoint.read(name).to(self.dtype)
+        """A weight on the device."""
+        return self.checkpoint.read(name).to(self.dtype).to(self.device)
 
     def embedded(self, batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """The hidden states `(windows, seq_len, hidden)` of each batch of ids before the first layer."""
         weight = self._outer("model.embed_tokens.weight")
-        yield from (F.embedding(ids, weight) for ids in batches)
+        yield from (F.embedding(ids.to(self.device), weight) for ids in batches)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Any]:
@@ -94,7 +96,7 @@ class Layers:
     def surroundings(self, seq_len: int) -> Surroundings:
         """What a layer needs beside hidden states."""
         rotary: Any = self._skeleton.get_decoder().rotary_emb
-        return Surroundings(self.config, type(rotary)(config=rotary.config), seq_len, self.dtype)
+        return Surroundings(self.config, type(rotary)(config=rotary.config).to(self.device), seq_len, self.dtype)
 
 
 class Surroundings:
@@ -131,8 +133,9 @@ class Surroundings:
 class Spill:
     """Named sequences of tensors in a folder, one file per tensor; a sequence that is there is whole."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, device: torch.device = CPU) -> None:
+        """`device`: where tensors are read to."""
+        self.folder, self.device = folder, device
 
     def write(self, name: str, tensors: Iterable[torch.Tensor]) -> None:
         """Write a sequence that is not there before `commit`; [`WorkError`] where it cannot be written."""
@@ -140,7 +143,7 @@ class Spill:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         for index, tensor in enumerate(tensors):
-            save_tensors({"tensor": tensor.detach().contiguous()}, part / f"{index:06d}")
+            save_tensors({"tensor": tensor.detach().cpu().contiguous()}, part / f"{index:06d}")
 
     def commit(self, name: str) -> Spilled:
         """Let a written sequence be there."""
@@ -160,7 +163,7 @@ class Spill:
         from safetensors.torch import load_file
 
         for path in sorted((self.folder / name).iterdir()):
-            yield load_file(path)["tensor"]
+            yield load_file(path)["tensor"].to(self.device)
 
     def has(self, name: str) -> bool:
         """Whether a sequence is there."""

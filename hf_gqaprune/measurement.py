@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from . import ranks
 from .calibration import Calibration, split_batches
+from .devices import CPU
 from .errors import UsageError, WorkError, unknown
 from .factors import mirror_
 from .importance import CRITERIA, Block, Criterion
@@ -158,9 +159,9 @@ class Tap:
             gradients = self.gradients
             moments = Moments(
                 self.tokens,
-                mirror_(self.inputs.div_(self.tokens).cpu()),
-                (self.input_sum / self.tokens).cpu(),
-                None if gradients is None else mirror_(gradients.div_(self.tokens).cpu()),
+                mirror_(self.inputs.div_(self.tokens)),
+                self.input_sum / self.tokens,
+                None if gradients is None else mirror_(gradients.div_(self.tokens)),
             )
             self.inputs = self.gradients = None
             _check_moments(self.layer, self.kind, moments)
@@ -168,12 +169,12 @@ class Tap:
         return Block(self.layer, self.kind, weights, self.units, moments, self.weight_gradients, seed)
 
     def statistics(self, rule: Criterion, seed: int) -> BlockStatistics:
-        """The block's curve and moments."""
+        """The block's curve, and its moments on the CPU."""
         block = self.block(seed)
         curve = rule.curve(block)
         if not bool(torch.isfinite(curve.cost).all()):
             raise WorkError(f"layer {self.layer} {self.kind}: the criterion gives costs that are not finite")
-        return BlockStatistics(self.layer, self.kind, curve, block.moments)
+        return BlockStatistics(self.layer, self.kind, curve, block.moments and block.moments.to(CPU))
 
     def release(self) -> None:
         self.inputs = self.gradients = None

@@ -47,6 +47,7 @@ class Work:
         measured: the criterion, None where nothing is measured.
         refitted: whether `least_squares` is done.
         cut: whether weights are written.
+        lazy: whether memory counts only once it is written to, as on the CPU.
     """
 
     shape: ModelShape
@@ -56,6 +57,7 @@ class Work:
     measured: Criterion | None
     refitted: bool
     cut: bool
+    lazy: bool = True
 
     @property
     def batch(self) -> int:
@@ -122,8 +124,9 @@ class Work:
         scoring = 2 * 2 * wide**2 + 4 * self._largest(layer)  # the triangle, and the file that is made of it
         if rule.output_gradients:
             strip = 8 * wide * min(wide, 2048)
-            # the inverse, half of A, W; for KV groups both matrices gathered and cut
-            scoring = max(scoring, 8 * (ffn**2 + ffn**2 // 2 + ffn * d) + 2 * strip, 8 * (5 * attention**2 + attention * d))
+            gram = ffn**2 // 2 if self.lazy else ffn**2
+            # the inverse, A, of which only half is written, W; for KV groups both matrices gathered and cut
+            scoring = max(scoring, 8 * (ffn**2 + gram + ffn * d) + 2 * strip, 8 * (5 * attention**2 + attention * d))
         if rule.weight_gradients:
             parameters = weights // self.itemsize
             sums += 4 * parameters + weights // 2

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import identity, ranks
+from .devices import release, within
 from .errors import UsageError, WorkError
 from .files import new_folder, refuse_existing, write_json, write_text
 from .preparation import Prepared, PruneRequest, prepare
 from .recipe import Recipe, RecoverRecipe
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from .plan import PruningPlan
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PLAN, PRUNED, RECOVERED, REPORT, PLOT, STATE = (
     "plan.json", "pruned", "recovered", "report.json", "report.png", "run.json",
 )  # fmt: skip
+_WAY_OUT = "--memory SIZE reads the model layer by layer, --device cpu uses no GPU"
 
 
 def decide(prepared: Prepared, model: PreTrainedModel) -> tuple[PruningPlan, Statistics]:
@@ -70,7 +71,6 @@ def plan_model(
     target = refuse_existing(output, overwrite)
     if resume and not request.memory:
         raise UsageError("only a plan with --memory can be resumed: leave --resume out")
-    device = _device(request)
     prepared = prepare(request, planning_only=True)
     weights = prepared.criterion != "random" or request.allocation in ("layer_importance", "search")
     if request.memory and weights:
@@ -79,7 +79,8 @@ def plan_model(
             plan.save(target)
         return plan
     model = load_for_planning(prepared.folder, weights=weights)
-    plan = decide(prepared, model.to(device) if weights and device else model)[0]
+    with within(prepared.device, _WAY_OUT):
+        plan = decide(prepared, model.to(prepared.device) if weights else model)[0]
     if ranks.index() == 0:
         plan.save(target)
     return plan
@@ -109,14 +110,13 @@ def prune_model(
             "only what goes layer by layer can be resumed, --memory SIZE or a saved plan without compensation: "
             "leave --resume out"
         )
-    device = _device(request)
     prepared = prepare(request)
     if request.streamed:
         return prune_bounded(prepared, output, overwrite=overwrite, resume=resume)
-    model = load_model(prepared.folder)
-    model = model.to(device) if device else model
-    plan, statistics = decide(prepared, model)
-    pruned = prune(model, plan, statistics, compensation=request.fitting, inplace=True)
+    with within(prepared.device, _WAY_OUT):
+        model = load_model(prepared.folder, device=prepared.device)
+        plan, statistics = decide(prepared, model)
+        pruned = prune(model, plan, statistics, compensation=request.fitting, inplace=True)
     if ranks.index() == 0:
         base = identity.fingerprint(prepared.folder)
         with new_folder(output, overwrite) as scratch:
@@ -124,16 +124,6 @@ def prune_model(
             write_checkpoint(pruned, prepared.folder, scratch, plan_hash=whole.hash(), base_fingerprint=base)
     ranks.wait()
     return plan
-
-
-def _device(request: PruneRequest) -> torch.device | None:
-    """Where this process computes under `accelerate launch`; [`UsageError`] for what is done by one process."""
-    device = ranks.join()
-    if device is not None and request.streamed:
-        raise UsageError(
-            "--memory, and a saved plan without compensation, are the work of one process: leave accelerate launch out"
-        )
-    return device
 
 
 def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> str:
@@ -195,6 +185,7 @@ class _Stages:
         self.done.pop(name, None)
         self._write()
         work(again)
+        release()
         self.done[name] = digest
         self._write()
 
@@ -300,7 +291,7 @@ def _report(recipe: Recipe, folder: Path, prepared: Prepared, final: str) -> Non
         trainable = log["trainable"]
     stages = []
     for name, place in places.items():
-        model, tokenizer = load_model(place), load_tokenizer(place)
+        model, tokenizer = load_model(place, device=prepared.device), load_tokenizer(place)
         perplexity = {}
         for source in evaluate.data:
             result = evaluate_perplexity(model, tokenizer, source, **options)
@@ -309,6 +300,8 @@ def _report(recipe: Recipe, folder: Path, prepared: Prepared, final: str) -> Non
         stages.append(
             Stage(name, count_parameters(model), trainable if name == RECOVERED else None, perplexity, tasks)
         )
+        # two of them may be too much for a GPU
+        del model
     plan = PruningPlan.load(folder / PRUNED / "prune_plan.json")
     calibration = tuple(prepared.calibration.record()) if prepared.calibration else ()
     name = recipe.without_paths().model

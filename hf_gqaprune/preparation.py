@@ -6,9 +6,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import devices, ranks
 from .errors import UsageError, unknown
 
 if TYPE_CHECKING:
+    import torch
+
     from .calibration import Calibration
     from .plan import PruningPlan
     from .statistics import Statistics
@@ -20,7 +23,9 @@ class PruneRequest:
 
     Attributes:
         compensation: None: `natural_gradient`, or with `memory` the best that needs no whole model, `least_squares`.
-        memory: bound on the memory of the process, such as `8GiB`; the model is then read layer by layer.
+        memory: bound on the memory of the GPU that is used, or else of the process, such as `8GiB`; the model is then read
+            layer by layer.
+        device: `cpu`, `cuda` or `cuda:N`; None: the first GPU, or the CPU where there is none.
     """
 
     model: str
@@ -44,6 +49,7 @@ class PruneRequest:
     save_statistics: str | None = None
     plan: str | None = None
     memory: str | None = None
+    device: str | None = None
 
     @property
     def fitting(self) -> str:
@@ -68,6 +74,7 @@ class Prepared:
     """A request whose every part was found to make sense, before any weight was read."""
 
     request: PruneRequest
+    device: torch.device
     folder: Path
     criterion: str
     plan: PruningPlan | None
@@ -100,6 +107,7 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
     from .surgery import COMPENSATIONS
     from .trainer.models import check_weights, load_config, load_tokenizer, local_folder
 
+    device = _device(request)
     statistics = Statistics.load(request.statistics) if request.statistics else None
     criterion = request.criterion or (statistics.criterion if statistics else DEFAULT)
     if criterion not in CRITERIA:
@@ -143,7 +151,7 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
         calibration = Calibration.from_text(
             tokenizer, sources, samples=request.samples, seq_len=seq_len, seed=request.seed
         )
-    prepared = Prepared(request, folder, criterion, plan, statistics, calibration)
+    prepared = Prepared(request, device, folder, criterion, plan, statistics, calibration)
     if request.memory is not None and read:
         windows = statistics.calibration if statistics else calibration
         work = Work(
@@ -154,9 +162,24 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
             CRITERIA[prepared.measured] if statistics is None and (plan is None or refit) else None,
             refitted=refit,
             cut=not planning_only,
+            lazy=device == devices.CPU,
         )
         check_bound(work, request.memory)
     return prepared
+
+
+def _device(request: PruneRequest) -> torch.device:
+    """Where this process computes; [`UsageError`] for no such device, and for several processes at the work of one."""
+    given = ranks.join()
+    if given is None:
+        return devices.choose(request.device)
+    if request.streamed:
+        raise UsageError(
+            "--memory, and a saved plan without compensation, are the work of one process: leave accelerate launch out"
+        )
+    if request.device is not None:
+        raise UsageError(f"--device {request.device}: accelerate launch gives every process its own: leave --device out")
+    return given
 
 
 def _check_streamable(request: PruneRequest) -> None:

@@ -6,6 +6,7 @@ inputs that it really gets, those of the already pruned and re-fitted prefix, so
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ _BLOCKS = {
 
 @dataclass
 class NormalEquations:
-    """Sums of a least-squares problem min ||T - W X||^2, float64.
+    """Sums of a least-squares problem min ||T - W X||^2, float64, on the device of the rows that are added.
 
     Attributes:
         gram: sum of x x^T, `(k, k)`.
@@ -45,11 +46,10 @@ class NormalEquations:
     energy: float = 0.0
 
     @staticmethod
-    def zeros(outputs: int, inputs: int) -> NormalEquations:
+    def zeros(outputs: int, inputs: int, device: torch.device) -> NormalEquations:
         """Nothing summed yet."""
-        return NormalEquations(
-            torch.zeros(inputs, inputs, dtype=torch.float64), torch.zeros(outputs, inputs, dtype=torch.float64)
-        )
+        zeros = functools.partial(torch.zeros, dtype=torch.float64, device=device)
+        return NormalEquations(zeros(inputs, inputs), zeros(outputs, inputs))
 
     def add(self, x: torch.Tensor, t: torch.Tensor) -> None:
         """Add rows of x `(tokens, k)` and t `(tokens, d)`; products in float32, sums in float64."""
@@ -66,7 +66,7 @@ class NormalEquations:
         diagonal = self.gram.diagonal().clone()
         scale = float(diagonal.mean())
         r = ridge * scale if scale > 0 else 1.0
-        rows = prior.detach().double().cpu().mul(r).add_(self.cross)
+        rows = prior.detach().double().mul(r).add_(self.cross)
         # the factor lies in the lower triangle only while it is needed
         self.gram.diagonal().add_(r)
         solved = solve_(cholesky_(self.gram), rows)
@@ -81,13 +81,10 @@ class NormalEquations:
             total += float(((rows @ self.gram) * rows).sum() - 2 * (rows * cross).sum())
         return total + self.energy
 
-    def add_up(self, device: torch.device) -> None:
-        """Sum over processes, which exchange from `device`."""
-        if ranks.count() > 1:
-            self.gram, self.cross = self.gram.to(device), self.cross.to(device)
-            ranks.add_up((self.gram, self.cross))
-            self.energy = ranks.added_up(self.energy, self.gram)
-            self.gram, self.cross = self.gram.cpu(), self.cross.cpu()
+    def add_up(self) -> None:
+        """Sum over processes."""
+        ranks.add_up((self.gram, self.cross))
+        self.energy = ranks.added_up(self.energy, self.gram)
 
     def __iadd__(self, other: NormalEquations) -> NormalEquations:
         self.gram += other.gram
@@ -196,15 +193,16 @@ class Walk:
         self, dense_block: Any, dense_norm: nn.Module, block: Any, norm: nn.Module, names: Sequence[str]
     ) -> None:
         """Fit the input projections: the pruned rows of each should give, on the pruned stream, what they gave before."""
-        width = block.get_submodule(names[0]).in_features
-        sums = [NormalEquations.zeros(width, width) for _ in range(2)]
+        first = block.get_submodule(names[0])
+        width, device = first.in_features, first.weight.device
+        sums = [NormalEquations.zeros(width, width, device) for _ in range(2)]
         for dense, pruned, is_held in zip(self.dense, self.pruned, self.held_out, strict=True):
             sums[is_held].add(norm(pruned), dense_norm(dense))
         for total in sums:
-            total.add_up(block.get_submodule(names[0]).weight.device)
+            total.add_up()
         for name in names:
             linear = block.get_submodule(name)
-            prior = linear.weight.double().cpu()
+            prior = linear.weight.double()
             # T = W a for the dense inputs a, so its sums follow from those of a
             fit, held = (NormalEquations(s.gram.clone(), prior @ s.cross, 0.0) for s in sums)
             _assign(linear, _best(fit, held, linear.weight, self.where))
@@ -213,7 +211,8 @@ class Walk:
         self, kind: str, linear: nn.Linear, block: nn.Module, norm: nn.Module, targets: Stream
     ) -> None:
         """Fit the output projection to the dense residual stream after the block."""
-        sums = [NormalEquations.zeros(linear.out_features, linear.in_features) for _ in range(2)]
+        device = linear.weight.device
+        sums = [NormalEquations.zeros(linear.out_features, linear.in_features, device) for _ in range(2)]
         bias = 0 if linear.bias is None else linear.bias
         taken: list[torch.Tensor] = []
         hook = linear.register_forward_pre_hook(lambda _module, args: taken.append(args[0]))
@@ -224,7 +223,7 @@ class Walk:
         finally:
             hook.remove()
         for total in sums:
-            total.add_up(linear.weight.device)
+            total.add_up()
         _assign(linear, _best(sums[0], sums[1], linear.weight, self.where))
 
 
@@ -243,9 +242,9 @@ def _best(fit: NormalEquations, held: NormalEquations, prior: torch.Tensor, wher
 
 
 def _add_double(total: torch.Tensor, product: torch.Tensor) -> None:
-    """total <- total + product, float32 on any device, by strips: a whole one in float64 would be as large as the total."""
+    """total <- total + product, float32, by strips: a whole one in float64 would be as large as the total."""
     for start in range(0, len(total), _ROWS):
-        total[start : start + _ROWS] += product[start : start + _ROWS].double().cpu()
+        total[start : start + _ROWS] += product[start : start + _ROWS].double()
 
 
 def _assign(linear: nn.Linear, weight: torch.Tensor) -> None:

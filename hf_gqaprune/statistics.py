@@ -40,6 +40,11 @@ class Moments:
     input_mean: torch.Tensor
     gradients: torch.Tensor | None = None
 
+    def to(self, device: torch.device) -> Moments:
+        """The same on another device."""
+        gradients = None if self.gradients is None else self.gradients.to(device)
+        return Moments(self.tokens, self.inputs.to(device), self.input_mean.to(device), gradients)
+
     def ridged(self, ridge: float = RIDGE) -> torch.Tensor:
         """H + ridge * mean(diag H) * I in float64; inputs that were always zero get a ridge that costs nothing."""
         h = self.inputs.double()
@@ -55,7 +60,7 @@ class Moments:
     def ridged_columns(self, columns: torch.Tensor) -> torch.Tensor:
         """`ridged()[:, columns]`, float64 `(n, k)`."""
         h = self.inputs[:, columns].double()
-        h[columns, torch.arange(len(columns))] += self.added()
+        h[columns, torch.arange(len(columns), device=columns.device)] += self.added()
         return h
 
 

@@ -30,7 +30,7 @@ class Refit:
             working: a folder for the streams, which `begin` may find there.
         """
         self.layers, self.pruned, self.statistics = layers, pruned, statistics
-        self.spill = Spill(working / "streams")
+        self.spill = Spill(working / "streams", layers.device)
         self.walk: Walk | None = None
         self.differs = False
 
@@ -53,7 +53,7 @@ class Refit:
         return found
 
     def layer(self, index: int, kept: LayerPlan, slices: UnitSlices) -> dict[str, torch.Tensor]:
-        """The weights of a pruned layer, by the names within it; layers come in order."""
+        """The weights of a pruned layer on the device, by the names within it; layers come in order."""
         with self.layers.layer(index) as dense:
             new = prune_layer(dict(dense.state_dict()), kept, slices, moments_of(self.statistics, index))
             if self.walk is None:

@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from .calibration import Calibration, split_batches
+from .devices import CPU
 from .errors import UsageError, WorkError, unknown
 from .files import check_room, new_folder, refuse_existing, write_json
 from .importance import CRITERIA, Criterion
@@ -39,6 +40,7 @@ def stream_statistics(
     seed: int = 0,
     overwrite: bool = False,
     resume: bool = False,
+    device: torch.device = CPU,
 ) -> Statistics:
     """`collect_statistics(model, calibration, criterion=criterion)` without loading the model, bit for bit.
 
@@ -54,6 +56,7 @@ def stream_statistics(
         seed: for the criterion `random`.
         overwrite: replace `output`, and without `resume` drop what an interrupted call left.
         resume: go on after the last layer that an interrupted call with the same arguments finished.
+        device: where each layer is while it is measured; two devices round differently.
 
     Returns:
         The statistics in `output`, whose moments are read when they are asked for.
@@ -76,11 +79,11 @@ def stream_statistics(
     if calibration is not None and calibration.ids.shape[1] > config.max_position_embeddings:
         limit = config.max_position_embeddings
         raise UsageError(f"windows of {calibration.ids.shape[1]} tokens are longer than the {limit} positions of {folder}")
-    layers = Layers(folder, config)
+    layers = Layers(folder, config, device)
     if calibration is not None:
         check_tokens(calibration, source)
     working = working_folder(target)
-    begun = begin(working, resume, overwrite, made_from(folder, layers.checkpoint, calibration, criterion, seed))
+    begun = begin(working, resume, overwrite, made_from(folder, layers.checkpoint, calibration, criterion, seed, device))
     check_room(working, _room(source, layers.dtype, calibration, CRITERIA[criterion]), "the statistics and activations")
     try:
         working.mkdir(parents=True, exist_ok=True)
@@ -119,13 +122,19 @@ def _room(source: ModelShape, dtype: torch.dtype, calibration: Calibration | Non
 
 
 def made_from(
-    folder: Path, checkpoint: Checkpoint, calibration: Calibration | None, criterion: str, seed: int
+    folder: Path,
+    checkpoint: Checkpoint,
+    calibration: Calibration | None,
+    criterion: str,
+    seed: int,
+    device: torch.device,
 ) -> dict[str, str]:
     """What the statistics of a model depend on, as `unfinished.begin` compares it."""
     return {
         "model": model_state(folder, checkpoint),
         "calibration": sha256(calibration and calibration.ids.tolist()),
         "criterion": f"{criterion} {seed}",
+        "device": device.type,
     }
 
 
@@ -146,7 +155,7 @@ class _Pass:
         self.backward = self.rule.output_gradients or self.rule.weight_gradients
         self.ids = None if calibration is None else calibration.ids
         self.slices = trace_units(source.layers)
-        self.spill = Spill(working)
+        self.spill = Spill(working, layers.device)
 
     def run(self) -> None:
         from tqdm.auto import tqdm

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import identity
+from .devices import CPU
 from .errors import UsageError, WorkError
 from .files import check_room, new_folder, refuse_existing, write_json, write_text
 from .layerwise import Layers, expected_tensors, layer_prefix
@@ -38,6 +39,7 @@ def prune_checkpoint(
     max_shard_size: int | str = "50GB",
     overwrite: bool = False,
     resume: bool = False,
+    device: torch.device = CPU,
 ) -> Path:
     """Prune a checkpoint without loading it: the files that `prune` and `save_pretrained` would write, byte for byte.
 
@@ -57,6 +59,7 @@ def prune_checkpoint(
         overwrite: replace `output`, and without `resume` drop what an interrupted call left.
         resume: go on after the last layer that an interrupted call with the same arguments finished; begin where there
             was none. What it wrote is hashed again, and written again where it differs.
+        device: where weights are re-fitted; without compensation nothing is computed.
 
     Returns:
         `output`.
@@ -82,7 +85,7 @@ def prune_checkpoint(
         raise UsageError(f"{target} is the model itself, which stays as it is: choose another output")
     config = load_config(folder)
     plan.check_model(config)
-    layers = Layers(folder, config)
+    layers = Layers(folder, config, device)
     checkpoint = layers.checkpoint
     pruned = _pruned_skeleton(folder, config, plan, layers.dtype)
     working = working_folder(target)
@@ -94,6 +97,7 @@ def prune_checkpoint(
         "max_shard_size": sha256(sorted(writer.files.items())),
         "compensation": compensation,
         "statistics": sha256(refitted and refitted.identity()),
+        "device": sha256(refitted and device.type),
     }
     begun = begin(working, resume, overwrite, inputs, ("read", "written"))
     walked = refitted.calibration if refitted else None
@@ -165,7 +169,7 @@ class _Surgery:
             else:
                 new = self.refit.layer(step.layer, kept, units)
             for name, tensor in new.items():
-                self.writer.write(prefix + name, [tensor])
+                self.writer.write(prefix + name, [tensor.cpu()])
         for name in step.reads:
             if name in self.checkpoint.digests:
                 continue  # the layer was cut from it

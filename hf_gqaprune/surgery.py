@@ -159,20 +159,20 @@ def refit_columns(weight: torch.Tensor, moments: Moments, columns: torch.Tensor)
 
     Args:
         weight: `(d, n)`, any float dtype; the solve runs in float64.
-        moments: of the projection's inputs.
+        moments: of the projection's inputs, on any device.
         columns: int64 `(k,)`, sorted.
 
     Returns:
         `(d, k)` in the dtype and on the device of `weight`.
     """
-    dense = weight.detach().double().cpu()
+    dense, moments, columns = weight.detach().double(), moments.to(weight.device), columns.to(weight.device)
     # H in float64 would be twice what is there in float32: columns come a few at a time, then the square that stays
     target = torch.cat([dense @ moments.ridged_columns(some) for some in columns.split(_COLUMNS)], 1)  # (d, k)
     del dense
     square = moments.inputs[columns][:, columns].double()
     square.diagonal().add_(moments.added())
     solved = solve_(cholesky_(square), target)
-    return solved.to(device=weight.device, dtype=weight.dtype).contiguous()
+    return solved.to(weight.dtype).contiguous()
 
 
 def check_compensation(compensation: str, plan: PruningPlan, statistics: Statistics | None) -> None:

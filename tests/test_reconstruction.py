@@ -13,7 +13,7 @@ def test_sums_give_the_ridge_solution_and_its_error():
     generator = torch.Generator().manual_seed(0)
     x, t = torch.randn(40, 5, generator=generator), torch.randn(40, 3, generator=generator)
     prior = torch.randn(3, 5, generator=generator).double()
-    sums = NormalEquations.zeros(3, 5)
+    sums = NormalEquations.zeros(3, 5, torch.device("cpu"))
     sums.add(x[:25], t[:25])
     sums.add(x[25:], t[25:])
     weight = sums.solve(prior, 0.1)
@@ -25,7 +25,7 @@ def test_sums_give_the_ridge_solution_and_its_error():
 
 
 def test_inputs_that_are_all_zero_keep_the_weights():
-    sums = NormalEquations.zeros(2, 3)
+    sums = NormalEquations.zeros(2, 3, torch.device("cpu"))
     sums.add(torch.zeros(4, 3), torch.ones(4, 2))
     prior = torch.arange(6.0, dtype=torch.float64).view(2, 3)
     assert torch.equal(sums.solve(prior, 0.01), prior)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..devices import CPU
 from ..errors import UsageError, unknown
 from .presets import Settings
 
@@ -76,10 +77,15 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load_model(folder: Path, dtype: torch.dtype | str = "auto", **options: Any) -> PreTrainedModel:
-    """The causal LM in `folder`, weights as `dtype`."""
+def load_model(
+    folder: Path, dtype: torch.dtype | str = "auto", device: torch.device = CPU, **options: Any
+) -> PreTrainedModel:
+    """The causal LM in `folder`, weights as `dtype` on `device`."""
     from transformers import AutoModelForCausalLM
 
+    if device != CPU:
+        # straight to where it goes, without a copy of everything on the CPU
+        options["device_map"] = {"": device}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
 
 

@@ -143,6 +143,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--include-path", metavar="DIR", help="folder of your own lm-eval task files")
     parser.add_argument("--limit", type=count, metavar="N", help="only N examples of each task")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    _device(parser)
 
 
 def card(parser: argparse.ArgumentParser) -> None:
@@ -235,13 +236,19 @@ def _choices(group: argparse._ArgumentGroup) -> None:
 def _bound(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--memory", metavar="SIZE",
-        help="bound on the memory of the process, such as 8GiB: the model is read layer by layer, the rest waits on disk",
+        help="bound on the memory of the GPU, or of the process where none is used, such as 8GiB: the model is read layer by "
+        "layer, the rest waits on disk",
     )  # fmt: skip
+    _device(group)
     group.add_argument(
         "--resume", action="store_true",
         help="go on after the last layer that an interrupted call finished: with --memory, or a saved plan without "
         "compensation",
     )  # fmt: skip
+
+
+def _device(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: the first GPU if there is one)")
 
 
 def _calibration(group: argparse._ArgumentGroup) -> None:

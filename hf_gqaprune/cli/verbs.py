@@ -82,10 +82,12 @@ def merge(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Perplexities and tasks of one or several checkpoints."""
+    from ..devices import choose
     from ..evaluation import evaluate_perplexity, evaluate_tasks, task_manager, window
     from ..text import load_text
     from ..trainer.models import check_weights, load_config, load_model, load_tokenizer, local_folder
 
+    device = choose(args.device)
     tasks = args.tasks.split(",") if args.tasks else []
     if not args.data and not tasks:
         raise UsageError("nothing to evaluate: pass --data NAME_OR_FILE or --tasks T")
@@ -98,7 +100,7 @@ def evaluate(args: argparse.Namespace) -> None:
         task_manager(tasks, args.include_path)
     found: dict[str, dict[str, object]] = {}
     for name, folder in folders.items():
-        model, tokenizer = load_model(folder), load_tokenizer(folder)
+        model, tokenizer = load_model(folder, device=device), load_tokenizer(folder)
         results = [
             evaluate_perplexity(
                 model, tokenizer, text, seq_len=args.seq_len, stride=args.stride, drop_tail=args.drop_tail
@@ -106,6 +108,7 @@ def evaluate(args: argparse.Namespace) -> None:
             for text in texts
         ]
         measured = evaluate_tasks(model, tokenizer, tasks, include_path=args.include_path, limit=args.limit) if tasks else {}
+        del model  # two of them may be too much for a GPU
         found[name] = {"perplexity": [result.to_dict() for result in results], "tasks": measured}
         if not args.json:
             lines = [str(result) for result in results]
@@ -184,4 +187,5 @@ def _prune_request(args: argparse.Namespace) -> PruneRequest:
         save_statistics=args.save_statistics and str(refuse_existing(Path(args.save_statistics), False)),
         plan=getattr(args, "plan", None),
         memory=args.memory,
+        device=args.device,
     )

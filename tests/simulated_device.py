@@ -1,0 +1,180 @@
+"""A second device in the memory of the CPU, as strict as a GPU: what lies on it and what does not cannot be mixed.
+
+Run as a script it prunes the embedded model on that device, in memory and layer by layer, and compares with the CPU. It
+runs in a process of its own, because a registered backend stays until a process ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+_setup_privateuseone_for_python_backend("sim")
+CPU, SIM = torch.device("cpu"), torch.device("sim", 0)
+_ATEN = torch.ops.aten
+#: what may take an index, a mask or a source from the CPU, as on CUDA
+_MIXING = {_ATEN.copy_, _ATEN.index, _ATEN.index_put_, _ATEN.index_put, _ATEN._index_put_impl_}
+
+
+class SimTensor(torch.Tensor):
+    """A tensor of the device; `data_` holds its values."""
+
+    data_: torch.Tensor
+
+    @staticmethod
+    def wrap(data: torch.Tensor) -> SimTensor:
+        made: SimTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            SimTensor, data.size(), data.stride(), data.storage_offset(), dtype=data.dtype, device=SIM
+        )
+        made.data_ = data
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(func, args, kwargs or {})
+
+
+class Simulated(TorchDispatchMode):
+    """While it is on, tensors can be made on the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(func, args, kwargs or {})
+
+
+def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """An operation on the values; its results are on the device if its inputs are or if it is told so."""
+    if func is _ATEN._fused_sdp_choice.default:
+        return 0  # the composite one
+    given: list[torch.Tensor] = []
+    wrapped: dict[int, SimTensor] = {}
+
+    def values(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            given.append(x)
+        if isinstance(x, SimTensor):
+            wrapped[id(x.data_)] = x
+            return x.data_
+        return x
+
+    plain_args, plain = tree_map(values, (args, dict(kwargs)))
+    here = [x for x in given if isinstance(x, SimTensor)]
+    elsewhere = [x for x in given if not isinstance(x, SimTensor) and x.ndim]
+    if here and elsewhere and func.overloadpacket not in _MIXING:
+        raise RuntimeError(f"{func} was given tensors on sim:0 and on {elsewhere[0].device}")
+    wanted = plain.get("device")
+    if wanted is not None:
+        on_device = torch.device(wanted).type == "sim"
+        plain["device"] = torch.device("cpu") if on_device else wanted
+    else:
+        # what is written to says where, else any input
+        on_device = isinstance(given[0], SimTensor) if func.overloadpacket in _MIXING else bool(here)
+    found = func(*plain_args, **plain)
+
+    def placed(x: Any) -> Any:
+        if not on_device or not isinstance(x, torch.Tensor):
+            return x
+        return wrapped[id(x)] if id(x) in wrapped else SimTensor.wrap(x)
+
+    return tree_map(placed, found)
+
+
+def _empty_strided(size: Any, stride: Any, **options: Any) -> torch.Tensor:
+    return SimTensor.wrap(torch.empty_strided(size, stride, dtype=options.get("dtype"), device="cpu"))
+
+
+def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    values = [x.data_ if isinstance(x, SimTensor) else x for x in (target, source)]
+    values[0].copy_(values[1])
+    return target
+
+
+# where C++ makes a tensor of a list that indexes, no mode is asked
+_LIBRARY = torch.library.Library("aten", "IMPL")
+_LIBRARY.impl("empty_strided", _empty_strided, "PrivateUse1")
+_LIBRARY.impl("_copy_from", _copy_from, "PrivateUse1")
+
+
+# a backend written in Python has no random numbers of its own
+class _Generator(torch.Generator):
+    def __new__(cls, device: Any = "cpu") -> torch.Generator:
+        return super().__new__(cls, "cpu")
+
+
+torch.Generator = _Generator  # type: ignore[misc]
+
+
+def compare(folder: Path) -> None:
+    """Measure and prune the embedded model on the device and on the CPU, in memory and from the disk; say what is close."""
+    import hf_gqaprune as gp
+    from hf_gqaprune import curvature, factors
+    from hf_gqaprune.importance import CRITERIA
+    from hf_gqaprune.layer_importance import measure
+    from hf_gqaprune.trainer.models import load_model, load_tokenizer, local_folder
+
+    factors._BLOCK = curvature._STRIP  # so that matrices have several blocks
+    tokenizer = load_tokenizer(local_folder("demo"))
+    windows = gp.Calibration.from_text(tokenizer, "demo", samples=16, seq_len=64)
+    dense = folder / "dense"
+
+    def everything(device: torch.device) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        model = load_model(dense).to(device)
+        for criterion in CRITERIA:
+            yield criterion, measured(gp.collect_statistics(model, windows, criterion=criterion))
+        yield "layer importance", {"scores": torch.tensor(measure(model, windows))}
+        statistics = gp.collect_statistics(model, windows)
+        gp.make_plan(statistics, backbone_ratio=0.3, allocation="query_heads", model=model)
+        for compensation in ("least_squares", "natural_gradient"):
+            pruned = gp.prune(model, plan, statistics, compensation=compensation)
+            assert {parameter.device for parameter in pruned.parameters()} == {device}
+            yield compensation, weights(pruned)
+        result = gp.evaluate_perplexity(pruned, tokenizer, "demo", seq_len=64, max_chars=2000)
+        yield "perplexity", {"value": torch.tensor(result.value)}
+        streamed = gp.stream_statistics(dense, windows, folder / f"{device.type}-statistics", device=device)
+        yield "streamed statistics", measured(streamed)
+        target = folder / device.type
+        gp.prune_checkpoint(dense, plan, target, streamed, compensation="least_squares", device=device)
+        yield "streamed", weights(load_model(target))
+
+    # the CPU has an attention of its own, which rounds differently
+    with Simulated(), sdpa_kernel(SDPBackend.MATH):
+        model = load_model(local_folder("demo"), torch.float32)
+        model.save_pretrained(dense)
+        plan = gp.make_plan(gp.collect_statistics(model, windows), backbone_ratio=0.3)
+        for (name, found), (_, wanted) in zip(everything(SIM), everything(CPU), strict=True):
+            close(name, found, wanted)
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+
+
+def measured(statistics: Any) -> dict[str, torch.Tensor]:
+    """The moments and the whole cost of each block; units whose costs are nearly the same may change places."""
+    found = {}
+    for key, block in statistics.blocks.items():
+        found[f"{key} cost"] = block.curve.cost[-1]
+        found |= {f"{key} {name}": value for name, value in vars(block.moments).items() if isinstance(value, torch.Tensor)}
+    return found
+
+
+def close(name: str, found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Print `name` if the relative distance of every tensor is that of other orders of summation."""
+    assert found.keys() == wanted.keys()
+    for key, tensor in found.items():
+        assert type(tensor) is torch.Tensor
+        distance = float((tensor - wanted[key]).norm() / wanted[key].norm())
+        assert distance < 1e-3, (name, key, distance)
+    print(name)
+
+
+if __name__ == "__main__":
+    import sys
+
+    compare(Path(sys.argv[1]))
