@@ -14,6 +14,7 @@ from shapes import forget, forget_peak, peak_rss, proc, random_windows
 import hf_gqaprune as gp
 from hf_gqaprune import measurement
 from hf_gqaprune.calibration import split_batches
+from hf_gqaprune.factors import add_gram_
 from hf_gqaprune.importance import CRITERIA
 from hf_gqaprune.memory import Work
 from hf_gqaprune.plan import ModelShape
@@ -92,8 +93,7 @@ def _products(shape: ModelShape, windows: gp.Calibration) -> None:
     sums = [torch.zeros(width, width) for width in widths]
     for batch in split_batches(windows.ids, shape.vocab_size):
         for total, width in zip(sums, widths, strict=True):
-            x = torch.ones(batch.numel(), width)
-            total.addmm_(x.T, x)
+            add_gram_(total, torch.ones(batch.numel(), width))
 
 
 @contextmanager

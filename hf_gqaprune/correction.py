@@ -16,6 +16,7 @@ from torch import nn
 from . import ranks
 from .calibration import Calibration, split_batches
 from .errors import WorkError
+from .factors import add_gram_
 from .measurement import frozen
 from .statistics import RIDGE
 from .torch_pruning import OUTPUT_PROJECTION
@@ -183,14 +184,14 @@ class _Tap:
     def _forward(self, _module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         self._x = args[0].detach().flatten(0, -2).float()  # (tokens, n)
         if not self.curved:
-            self.inputs.addmm_(self._x.T, self._x)
+            add_gram_(self.inputs, self._x)
         self.tokens += len(self._x)
         output.register_hook(self._backward)
 
     def _backward(self, gradient: torch.Tensor) -> None:
         g = gradient.flatten(0, -2).float()  # (tokens, d)
         if self.drawn:
-            self.outputs.addmm_(g.T, g)
+            add_gram_(self.outputs, g)
         else:
             self.slope.addmm_(g.T, self._x)
 
@@ -250,7 +251,7 @@ def _divergence(held_out: Predictions, pruned: Any) -> float:
 
 
 def _factor(total: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Cholesky factor of the mean with its ridge, float64."""
+    """Cholesky factor of the mean with its ridge, float64, from the lower triangle."""
     mean = total.double() / tokens
     scale = float(mean.diagonal().mean())
     mean.diagonal().add_(RIDGE * scale if scale > 0 else 1.0)

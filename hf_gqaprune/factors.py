@@ -13,6 +13,8 @@ from torch.linalg import solve_triangular
 
 #: rows and columns that are factored, inverted or solved with at once
 _BLOCK = 2048
+#: rows of a second moment that are multiplied at once
+_STRIP = 1024
 
 
 def cholesky_(matrix: torch.Tensor) -> torch.Tensor:
@@ -116,6 +118,20 @@ def mirror_(matrix: torch.Tensor, *, from_upper: bool = False) -> torch.Tensor:
         square = lower[start:end, start:end]
         square.copy_(square.tril() + square.tril(-1).T)
     return matrix
+
+
+def gram_strips(x: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns that hold the lower triangle of x^T x, `x` being `(tokens, n)`: half of it and a little more."""
+    n = x.shape[1]
+    for start in range(0, n, _STRIP):
+        end = min(start + _STRIP, n)
+        yield slice(start, end), slice(0, end)
+
+
+def add_gram_(total: torch.Tensor, x: torch.Tensor) -> None:
+    """total <- total + x^T x, but for the upper triangle; both of one dtype, `(n, n)` and `(tokens, n)`."""
+    for rows, columns in gram_strips(x):
+        total[rows, columns].addmm_(x[:, rows].T, x[:, columns])
 
 
 def weighted_gram(weight: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from . import ranks
 from .calibration import Calibration, split_batches
 from .devices import CPU
 from .errors import UsageError, WorkError, unknown
-from .factors import mirror_
+from .factors import add_gram_, mirror_
 from .importance import CRITERIA, Block, Criterion
 from .plan import ModelShape
 from .statistics import KINDS, BlockStatistics, Moments, Statistics
@@ -182,7 +182,7 @@ class Tap:
 
     def _take_input(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         x = args[0].detach().flatten(0, -2).float()  # (tokens, n)
-        self.inputs.addmm_(x.T, x)  # type: ignore[union-attr]
+        add_gram_(self.inputs, x)  # type: ignore[arg-type]
         self.input_sum += x.sum(0)  # type: ignore[operator]
         self.tokens += len(x)
 
@@ -191,7 +191,7 @@ class Tap:
 
     def _take_gradient(self, gradient: torch.Tensor) -> None:
         g = gradient.flatten(0, -2).float()  # (tokens, d)
-        self.gradients.addmm_(g.T, g)  # type: ignore[union-attr]
+        add_gram_(self.gradients, g)  # type: ignore[arg-type]
 
     def _take_weight_gradient(self, name: str) -> Any:
         def take(parameter: torch.Tensor) -> None:

@@ -140,7 +140,7 @@ class Work:
         if not self.windows:
             return self._weights(layer) + alone
         sums = 2 * 8 * (wide**2 + wide * d)
-        adding = 4 * (wide**2 + self.batch * (wide + 2 * d)) + self._activations(layer) // 3
+        adding = 12 * 2048 * wide + 4 * self.batch * (wide + 2 * d) + self._activations(layer) // 3
         return 2 * self._weights(layer) + max(alone, sums + max(adding, 8 * 2 * wide * d + 8 * 2048 * wide))
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from . import ranks
 from .calibration import Calibration
 from .errors import WorkError
-from .factors import cholesky_, mirror_, solve_
+from .factors import cholesky_, gram_strips, mirror_, solve_
 from .layerwise import Surroundings, batches_of
 
 #: ridges that are tried, relative to the mean diagonal; the one with the least held-out error is taken
@@ -54,8 +54,13 @@ class NormalEquations:
     def add(self, x: torch.Tensor, t: torch.Tensor) -> None:
         """Add rows of x `(tokens, k)` and t `(tokens, d)`; products in float32, sums in float64."""
         x, t = x.flatten(0, -2).float(), t.flatten(0, -2).float()
-        _add_double(self.gram, x.T @ x)
-        _add_double(self.cross, t.T @ x)
+        for rows, columns in gram_strips(x):
+            product = (x[:, rows].T @ x[:, columns]).double()
+            self.gram[rows, columns] += product
+            self.gram[: rows.start, rows] += product[:, : rows.start].T
+        # a whole product in float64 would be as large as the sum
+        for total, some in zip(self.cross.split(_ROWS), t.split(_ROWS, 1), strict=True):
+            total += some.T @ x
         self.energy += float(t.square().sum(dtype=torch.float64))
 
     def solve(self, prior: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -239,12 +244,6 @@ def _best(fit: NormalEquations, held: NormalEquations, prior: torch.Tensor, wher
     errors = [held.error(fit.solve(prior, ridge)) for ridge in RIDGES]
     fit += held
     return fit.solve(prior, RIDGES[errors.index(min(errors))])
-
-
-def _add_double(total: torch.Tensor, product: torch.Tensor) -> None:
-    """total <- total + product, float32, by strips: a whole one in float64 would be as large as the total."""
-    for start in range(0, len(total), _ROWS):
-        total[start : start + _ROWS] += product[start : start + _ROWS].double()
 
 
 def _assign(linear: nn.Linear, weight: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_gqaprune import factors
-from hf_gqaprune.factors import cholesky_, fill_, invert_, mirror_, solve_, weighted_gram
+from hf_gqaprune.factors import add_gram_, cholesky_, fill_, invert_, mirror_, solve_, weighted_gram
 
 
 def positive(n: int) -> torch.Tensor:
@@ -48,6 +48,17 @@ def test_inverse_and_solutions(block: int) -> None:
     wanted = torch.randn(4, 15, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     solved = solve_(cholesky_(given.clone()), wanted @ given)
     assert torch.allclose(solved, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("strip", [4, 5, 15, 64])
+def test_a_gram_is_summed_in_its_lower_triangle(strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factors, "_STRIP", strip)
+    x, start = torch.randn(9, 15, generator=torch.Generator().manual_seed(0)), positive(15).float()
+    total = start.clone()
+    add_gram_(total, x)
+    assert torch.allclose(total.tril(), (start + x.T @ x).tril(), rtol=1e-5, atol=1e-5)
+    above = torch.ones(15, 15).triu(strip).bool()  # beyond every square along the diagonal
+    assert torch.equal(total[above], start[above])
 
 
 def test_a_weighted_gram_is_the_product_in_its_lower_triangle(block: int) -> None:

@@ -5,17 +5,21 @@ import torch
 from tiny import tiny_llama
 
 import hf_gqaprune as gp
+from hf_gqaprune import factors
 from hf_gqaprune.plan import LayerPlan, PruningPlan
 from hf_gqaprune.reconstruction import NormalEquations, refit_on_pruned_prefix
 
 
-def test_sums_give_the_ridge_solution_and_its_error():
+@pytest.mark.parametrize("strip", [2, 1024])
+def test_sums_give_the_ridge_solution_and_its_error(strip, monkeypatch):
+    monkeypatch.setattr(factors, "_STRIP", strip)
     generator = torch.Generator().manual_seed(0)
     x, t = torch.randn(40, 5, generator=generator), torch.randn(40, 3, generator=generator)
     prior = torch.randn(3, 5, generator=generator).double()
     sums = NormalEquations.zeros(3, 5, torch.device("cpu"))
     sums.add(x[:25], t[:25])
     sums.add(x[25:], t[25:])
+    assert torch.allclose(sums.gram, x.T.double() @ x.double(), rtol=1e-5, atol=1e-5)
     weight = sums.solve(prior, 0.1)
     r = 0.1 * float(x.square().sum(0).mean())
     gradient = (weight @ x.T.double() - t.T.double()) @ x.double() + r * (weight - prior)
