@@ -279,7 +279,7 @@ def _report(recipe: Recipe, folder: Path, prepared: Prepared, final: str) -> Non
     from .evaluation import evaluate_perplexity, evaluate_tasks
     from .plan import PruningPlan
     from .report import Report, Stage, count_parameters, versions
-    from .trainer.models import load_model, load_tokenizer
+    from .trainer.models import load_to_run, load_tokenizer
 
     evaluate = recipe.evaluate
     options: dict[str, Any] = {key: getattr(evaluate, key) for key in ("seq_len", "stride", "drop_tail", "max_chars")}
@@ -291,7 +291,7 @@ def _report(recipe: Recipe, folder: Path, prepared: Prepared, final: str) -> Non
         trainable = log["trainable"]
     stages = []
     for name, place in places.items():
-        model, tokenizer = load_model(place, device=prepared.device), load_tokenizer(place)
+        model, tokenizer = load_to_run(place, prepared.request.device), load_tokenizer(place)
         perplexity = {}
         for source in evaluate.data:
             result = evaluate_perplexity(model, tokenizer, source, **options)

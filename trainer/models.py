@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..devices import CPU
+from ..devices import CPU, choose
 from ..errors import UsageError, unknown
 from .presets import Settings
 
@@ -87,6 +87,12 @@ def load_model(
         # straight to where it goes, without a copy of everything on the CPU
         options["device_map"] = {"": device}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+
+
+def load_to_run(folder: Path, device: str | None) -> PreTrainedModel:
+    """The causal LM in `folder` on the device called so; None: over all GPUs, and on the CPU what they do not hold."""
+    place = choose(device)
+    return load_model(folder, device_map="auto") if device is None and place != CPU else load_model(folder, device=place)
 
 
 def stored_dtype(config: PreTrainedConfig) -> torch.dtype:

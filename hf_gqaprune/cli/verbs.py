@@ -82,10 +82,10 @@ def merge(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Perplexities and tasks of one or several checkpoints."""
-    from ..devices import choose
+    from ..devices import choose, within
     from ..evaluation import evaluate_perplexity, evaluate_tasks, task_manager, window
     from ..text import load_text
-    from ..trainer.models import check_weights, load_config, load_model, load_tokenizer, local_folder
+    from ..trainer.models import check_weights, load_config, load_to_run, load_tokenizer, local_folder
 
     device = choose(args.device)
     tasks = args.tasks.split(",") if args.tasks else []
@@ -100,15 +100,17 @@ def evaluate(args: argparse.Namespace) -> None:
         task_manager(tasks, args.include_path)
     found: dict[str, dict[str, object]] = {}
     for name, folder in folders.items():
-        model, tokenizer = load_model(folder, device=device), load_tokenizer(folder)
-        results = [
-            evaluate_perplexity(
-                model, tokenizer, text, seq_len=args.seq_len, stride=args.stride, drop_tail=args.drop_tail
-            )
-            for text in texts
-        ]
-        measured = evaluate_tasks(model, tokenizer, tasks, include_path=args.include_path, limit=args.limit) if tasks else {}
-        del model  # two of them may be too much for a GPU
+        with within(device, "--device cpu uses no GPU"):
+            model, tokenizer = load_to_run(folder, args.device), load_tokenizer(folder)
+            results = [
+                evaluate_perplexity(
+                    model, tokenizer, text, seq_len=args.seq_len, stride=args.stride, drop_tail=args.drop_tail
+                )
+                for text in texts
+            ]
+            options: dict[str, Any] = {"include_path": args.include_path, "limit": args.limit}
+            measured = evaluate_tasks(model, tokenizer, tasks, **options) if tasks else {}
+            del model  # two of them may be too much for a GPU
         found[name] = {"perplexity": [result.to_dict() for result in results], "tasks": measured}
         if not args.json:
             lines = [str(result) for result in results]
