@@ -95,6 +95,20 @@ def test_killed_three_times_it_ends_with_the_same_weights(pruned: Path, dense: P
     assert [entry for entry in logs[1]["held_out"] if entry not in logs[0]["held_out"]] == []
 
 
+def test_terminated_it_takes_along_what_it_has_started(pruned: Path, text: str, tmp_path: Path) -> None:
+    out, work = tmp_path / "out", tmp_path / "out.training"
+    settings = [f"{key}={value}" for key, value in {**SETTINGS, "max_tokens": 768 * 40, "checkpoints": 120}.items()]
+    line = ["-m", "hf_gqaprune", "recover", str(pruned), "--data", text, "-o", str(out)]
+    changes = [word for setting in settings for word in ("--set", setting)]
+    child = subprocess.Popen([sys.executable, *line, *changes], stderr=subprocess.PIPE, text=True)
+    wait_for(child, work / "checkpoint-1")
+    child.terminate()
+    child.communicate()
+    assert child.returncode == 128 + signal.SIGTERM and not out.exists()
+    # held by whoever still trains
+    checkpoints.lock(work).release()
+
+
 def test_a_full_disk_leaves_the_last_whole_checkpoint(pruned: Path, text: str, tmp_path: Path) -> None:
     out, work = tmp_path / "out", tmp_path / "out.training"
     settings = {**SETTINGS, "rank": 8, "max_tokens": 768 * 5, "checkpoints": 15, "held_out_tokens": 0}

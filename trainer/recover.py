@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,7 +112,7 @@ def launch(
             *(sys.executable, "-m", "accelerate.commands.launch", *accelerate_flags(accelerate)),
             *("-m", "hf_gqaprune.trainer.recover", "--config", str(config), "--failure", str(failure)),
         ]
-        code = subprocess.run(command, check=False).returncode
+        code = _wait_for(command)
         if failure.exists():
             told = json.loads(failure.read_text(encoding="utf-8"))
             if told["traceback"]:
@@ -121,6 +124,30 @@ def launch(
             f"training stopped with exit code {code}" + (f"; {kept} is kept: go on with --resume" if kept else "")
         )
     return Path(output)
+
+
+def _wait_for(command: Sequence[str]) -> int:
+    """The exit code of `command`. Where this process is interrupted or terminated, so is all that the command started."""
+    import psutil
+
+    def stop(number: int, _frame: Any) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if main_thread else None
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except BaseException:
+        started = psutil.Process(process.pid)
+        for child in [*started.children(recursive=True), started]:
+            with contextlib.suppress(psutil.NoSuchProcess):  # ended by itself
+                child.terminate()
+        process.wait()
+        raise
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
 
 
 def accelerate_flags(flags: Sequence[str]) -> list[str]:
