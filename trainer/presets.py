@@ -47,8 +47,7 @@ class Settings:
         method: `lora` (every linear module of the decoder layers) or `full` (all weights).
         rank, alpha, dropout, rslora, dora: of the LoRA adapter, as in `peft.LoraConfig`.
         quantize: `4bit` loads the base quantized (QLoRA, needs bitsandbytes); the merge uses the weights as they are.
-        learning_rate: of AdamW; None: `0.5 / hidden_size` for LoRA with alpha = rank, `0.2 / hidden_size` for all
-            weights.
+        learning_rate: of AdamW; None: `1 / hidden_size` for LoRA with alpha = rank, a fifth of it for all weights.
         schedule, warmup, weight_decay, max_grad_norm: of AdamW; `warmup` is a fraction of the steps, `schedule` one of
             cosine, linear, constant, constant_with_warmup, cosine_with_restarts, polynomial, inverse_sqrt.
         epochs: passes over the training rows.

@@ -23,7 +23,7 @@ _SEQ_LEN = 2048
 #: a step of the default preset: rows, and tokens where rows are long
 _ROWS, _MOST_TOKENS = 16, 16384
 #: learning rate times hidden size: what a weight may change by in one step of Adam shrinks with the width it sums over
-_RATE = {"lora": 0.5, "full": 0.2}
+_RATE = {"lora": 1.0, "full": 0.2}
 #: fields that may differ between an interrupted run and the one that resumes it
 _FREE = ("overwrite", "resume")
 
