@@ -22,6 +22,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
     "llama-3-8b": _LLAMA_3
     | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "tie_word_embeddings": False},
+    "llama-3-70b": _LLAMA_3
+    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    | {"tie_word_embeddings": False},
+    # small enough to be measured at many depths and lengths
+    "small": _LLAMA_3
+    | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "tie_word_embeddings": False}
+    | {"vocab_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 4, "bos_token_id": 0, "eos_token_id": 1},
     # for the tests of the benchmarks
     "tiny": _LLAMA_3
     | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "tie_word_embeddings": False}

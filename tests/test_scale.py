@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import fit
 import pytest
 import scale
 import stages
@@ -42,3 +43,27 @@ def test_the_curves_are_timed_by_what_is_put_back(tmp_path: Path) -> None:
         assert stages.measurement.Tap.statistics is not real
         raise ZeroDivisionError
     assert stages.measurement.Tap.statistics is real and seconds == {"curves": 0.0}
+
+
+def test_exponents_are_slopes_of_logarithms() -> None:
+    assert fit.exponent([1, 2, 4], [3, 6, 12]) == pytest.approx(1)
+    assert fit.exponent([10, 20, 40], [5, 20, 80]) == pytest.approx(2)
+    assert fit.exponent([1, 2, 4], [7, 7, 7]) == pytest.approx(0)
+
+
+def test_growth_is_fitted_over_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "in_a_process", lambda what, *arguments: scale.CHILDREN[what](*map(str, arguments)))
+    out = tmp_path / "results.json"
+    line = ["tiny", "--layers", "1", "2", "--tokens", "64", "--seq-len", "32", "-o", str(out), "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["fit.py", *line])
+    fit.main()
+    found = json.loads(out.read_text())
+    assert [run["layers"] for run in found["runs"]] == [1, 2] and set(found["layers"]) == {"statistics", "prune", "all"}
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_what_a_shape_needs_is_computed_without_its_weights() -> None:
+    found = fit.needs("tiny", 4, 16)
+    before, after = found["parameters"]
+    assert after < before and found["tokens"] == 64
+    assert found["memory"][1] >= found["memory_without_refit"][1] > 0 < found["disk"]

@@ -1,0 +1,105 @@
+"""How the cost of layer-by-layer pruning grows with layers and tokens, and what a shape needs that no machine here holds.
+
+    python benchmarks/fit.py small --layers 4 8 16 --tokens 8192 -o layers.json
+    python benchmarks/fit.py small --layers 4 --tokens 4096 8192 16384 32768 -o tokens.json
+    python benchmarks/fit.py llama-3-70b --needs -o needs.json
+
+Exponents are the slopes of least-squares lines through log seconds over log size. Windows have `--seq-len` tokens in all
+of them. `--needs` plans on the meta device, and computes memory and disk as `--memory` does before it begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from scale import BACKBONE_RATIO, in_a_process
+from shapes import SHAPES, make_checkpoint
+from transformers import LlamaConfig
+
+import hf_gqaprune as gp
+from hf_gqaprune.files import write_json
+from hf_gqaprune.importance import CRITERIA
+from hf_gqaprune.memory import Work
+from hf_gqaprune.plan import ModelShape
+from hf_gqaprune.report import versions
+from hf_gqaprune.streamed_statistics import _room
+
+
+def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
+    """The slope of log seconds over log size."""
+    xs, ys = ([math.log(value) for value in values] for values in (sizes, seconds))
+    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+
+
+def measure(shape: str, layers: int, tokens: int, seq_len: int, folder: Path | None) -> dict[str, float]:
+    """Seconds of each stage, layer by layer, on a checkpoint that is made for it."""
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        made = Path(name)
+        make_checkpoint(shape, made / "dense", layers=layers)
+        (made / "scratch").mkdir()
+        found = in_a_process("streamed", made / "dense", made / "scratch", tokens, seq_len)
+    return {stage: values["seconds"] for stage, values in found["stages"].items()} | {"all": found["seconds"]}
+
+
+def needs(shape: str, windows: int, seq_len: int) -> dict[str, Any]:
+    """Seconds to plan a model of this shape without weights; bytes of memory and disk to prune it layer by layer."""
+    config = LlamaConfig(**SHAPES[shape])
+    sizes = ModelShape.from_config(config)
+    with tempfile.TemporaryDirectory() as name:
+        config.save_pretrained(name)
+        start = time.perf_counter()
+        plan = gp.make_plan(model=name, backbone_ratio=BACKBONE_RATIO, criterion="random")
+        seconds = time.perf_counter() - start
+    rule = CRITERIA["curvature"]
+    work = Work(sizes, 2, windows, seq_len, rule, refitted=True, cut=True)
+    calibration = gp.Calibration.from_ids(torch.zeros(windows, seq_len, dtype=torch.long))
+    return {
+        "plan_seconds": seconds,
+        "parameters": [plan.before.parameters, plan.after.parameters],
+        "tokens": windows * seq_len,
+        "memory": work.peak(),
+        "memory_without_refit": replace(work, refitted=False).peak(),
+        "disk": _room(sizes, torch.bfloat16, calibration, rule),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--layers", nargs="+", type=int, default=[4])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[8192])
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--folder", type=Path, help="where the checkpoints are written")
+    parser.add_argument("--needs", action="store_true", help="compute instead of measuring")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file of the results")
+    args = parser.parse_args()
+    if args.needs:
+        found = needs(args.shape, 128, 2048)
+        print(json.dumps(found, indent=2))
+        write_json(args.output, {"shape": args.shape, **found, "versions": versions()})
+        return
+    grown = "layers" if len(args.layers) > 1 else "tokens"
+    runs = []
+    for layers in args.layers:
+        for tokens in args.tokens:
+            seconds = measure(args.shape, layers, tokens, args.seq_len, args.folder)
+            runs.append({"layers": layers, "tokens": tokens, "seconds": seconds})
+            print(f"{layers} layers, {tokens:,} tokens:", {k: round(v, 1) for k, v in seconds.items()}, flush=True)
+    sizes = [run[grown] for run in runs]
+    slopes = {stage: exponent(sizes, [run["seconds"][stage] for run in runs]) for stage in ("statistics", "prune", "all")}
+    print(f"seconds grow with {grown} to the power of", {stage: round(slope, 2) for stage, slope in slopes.items()})
+    write_json(args.output, {"shape": args.shape, "runs": runs, grown: slopes, "versions": versions()})
+
+
+if __name__ == "__main__":
+    main()
