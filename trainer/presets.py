@@ -170,7 +170,7 @@ _REPORT = Settings(dropout=0.05, schedule="linear", seq_len=256, batch_tokens=16
 #: `default` distils where there is a teacher; `alpaca` is what the report trained with (rank 8, 3 epochs),
 #: `alpaca-strong` what it suggests
 PRESETS: dict[str, Settings] = {
-    "default": Settings(max_tokens=2_000_000, distillation=0.9),
+    "default": Settings(max_tokens=2_000_000, distillation=0.7),
     "alpaca": replace(_REPORT, rank=8, alpha=16, epochs=3, learning_rate=3e-4),
     "alpaca-strong": replace(_REPORT, rank=16, alpha=32, epochs=5, learning_rate=1e-4),
 }
