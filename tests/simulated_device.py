@@ -126,10 +126,10 @@ def compare(folder: Path) -> None:
 
     def everything(device: torch.device) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         model = load_model(dense).to(device)
-        for criterion in CRITERIA:
-            yield criterion, measured(gp.collect_statistics(model, windows, criterion=criterion))
+        found = {criterion: gp.collect_statistics(model, windows, criterion=criterion) for criterion in CRITERIA}
+        yield from ((criterion, measured(statistics)) for criterion, statistics in found.items())
         yield "layer importance", {"scores": torch.tensor(measure(model, windows))}
-        statistics = gp.collect_statistics(model, windows)
+        statistics = found["curvature"]
         gp.make_plan(statistics, backbone_ratio=0.3, allocation="query_heads", model=model)
         for compensation in ("least_squares", "natural_gradient"):
             pruned = gp.prune(model, plan, statistics, compensation=compensation)
