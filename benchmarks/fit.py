@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -36,9 +37,7 @@ from hf_gqaprune.streamed_statistics import _room
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     """The slope of log seconds over log size."""
-    xs, ys = ([math.log(value) for value in values] for values in (sizes, seconds))
-    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+    return statistics.linear_regression([*map(math.log, sizes)], [*map(math.log, seconds)]).slope
 
 
 def measure(shape: str, layers: int, tokens: int, seq_len: int, folder: Path | None) -> dict[str, float]:

@@ -248,7 +248,7 @@ def _dense_model(teacher: str) -> PreTrainedModel:
 
     folder = local_folder(teacher)
     dtype = torch.bfloat16 if autocast_bf16() else computable_dtype(load_config(folder))
-    return load_model(folder, dtype).to(PartialState().device)
+    return load_model(folder, dtype, PartialState().device)
 
 
 def _teacher(
