@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -244,9 +244,10 @@ class PruningPlan:
         """JSON-ready form; unit indices as ranges such as `"0-5,7"`."""
         source = asdict(self.source)
         source["layers"] = [asdict(layer) for layer in self.source.layers]
-        layers = [{name: _ranges(units) for name, units in asdict(layer).items()} for layer in self.layers]
-        fields = ("criterion", "allocation", "attention_bias", "mlp_bias")
-        return {"version": VERSION, "source": source, **{f: getattr(self, f) for f in fields}, "layers": layers}
+        # asdict would copy every index
+        layers = [{field.name: _ranges(getattr(layer, field.name)) for field in fields(layer)} for layer in self.layers]
+        names = ("criterion", "allocation", "attention_bias", "mlp_bias")
+        return {"version": VERSION, "source": source, **{n: getattr(self, n) for n in names}, "layers": layers}
 
     @staticmethod
     def from_dict(data: Any) -> PruningPlan:

@@ -29,7 +29,7 @@ DTYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # what safetensors itself accepts
-_CHUNK = 1 << 26  # bytes of a piece of a tensor
+_CHUNK = 1 << 22  # bytes of a piece of a tensor: caches hold it, and the allocator gives the same pages again
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Checkpoint:
         return tensor
 
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
-        """The tensor `name`, flat, in pieces of at most 64 MiB; [`WorkError`] as `read`."""
+        """The tensor `name` in pieces of whole rows, 4 MiB or one row; [`WorkError`] as `read`."""
         stored = self.tensors[name]
         hashed = _Digest(stored.dtype, stored.shape)
         for piece in _pieces(self._open[stored.file], stored):
@@ -194,13 +194,14 @@ class ShardWriter:
         self._stack.close()
 
     def write(self, name: str, pieces: Iterable[torch.Tensor]) -> None:
-        """Write the tensor `name`, given whole or flat in pieces; [`WorkError`] where its file cannot be written."""
+        """Write the tensor `name`, given whole or in pieces one after the other; [`WorkError`] where that fails."""
         stored = self.tensors[name]
         hashed = _Digest(stored.dtype, stored.shape)
         position = stored.start
         for piece in pieces:
-            data = _bytes(piece.contiguous())
-            hashed.update(piece)
+            whole = piece.contiguous()
+            data = _bytes(whole)
+            hashed.update(whole)
             _write(self._open[stored.file], stored.file, data, position)
             position += len(data)
         if position != stored.start + stored.nbytes:
@@ -370,11 +371,14 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _pieces(file: int, stored: StoredTensor) -> Iterator[torch.Tensor]:
-    elements = math.prod(stored.shape)
-    step = _CHUNK // stored.dtype.itemsize
-    for first in range(0, elements, step):
-        piece = torch.empty(min(step, elements - first), dtype=stored.dtype)
-        _read(file, stored, _bytes(piece), stored.start + first * stored.dtype.itemsize)
+    if not stored.nbytes:
+        return
+    rows, *rest = stored.shape or (1,)
+    size = stored.nbytes // rows
+    step = max(1, _CHUNK // size)
+    for first in range(0, rows, step):
+        piece = torch.empty((min(step, rows - first), *rest), dtype=stored.dtype)
+        _read(file, stored, _bytes(piece), stored.start + first * size)
         yield piece
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,11 @@ from .devices import CPU
 from .errors import UsageError, WorkError
 from .files import check_room, new_folder, refuse_existing, write_json, write_text
 from .layerwise import Layers, expected_tensors, layer_prefix
-from .plan import PruningPlan
+from .plan import LayerPlan, PruningPlan
 from .shards import INDEX, Checkpoint, ShardWriter, fingerprint
 from .statistics import Statistics
 from .streamed_refit import Refit
-from .surgery import check_compensation, prune_layer, pruned_config
+from .surgery import check_compensation, pruned_config
 from .torch_pruning import UnitSlices, trace_units
 from .unfinished import PROGRESS, begin, model_state, sha256, working_folder
 
@@ -44,9 +44,9 @@ def prune_checkpoint(
     """Prune a checkpoint without loading it: the files that `prune` and `save_pretrained` would write, byte for byte.
 
     Beside the weights go config, model files, plan, tokenizer, generation config, chat template, licence files and
-    `gqaprune.json`. Of a layer its pruned weights and one dense weight are in memory (all of them, and the sums of one
-    least-squares problem, where it is re-fitted); embeddings and head pass in pieces of 64 MiB. The work is done in a
-    hidden folder beside `output`, `.NAME.unfinished`, whose content takes the name `output` in one step when complete.
+    `gqaprune.json`. Weights pass in pieces of 4 MiB; a layer that is re-fitted is in memory, and with it the sums of
+    one least-squares problem. The work is done in a hidden folder beside `output`, `.NAME.unfinished`, whose content takes
+    the name `output` in one step when complete.
 
     Args:
         model: folder or Hub id of a Llama or pruned Llama checkpoint in safetensors; its files are only read.
@@ -160,48 +160,51 @@ class _Surgery:
         for name in step.reads:
             # noted by a call that was interrupted in between
             self.checkpoint.digests.pop(name, None)
+        cuts = {}
         if step.layer is not None:
-            prefix = layer_prefix(step.layer)
-            kept, units = self.plan.layers[step.layer], slices[step.layer]
+            prefix, kept, units = layer_prefix(step.layer), self.plan.layers[step.layer], slices[step.layer]
             if self.refit is None:
-                layer = _DenseLayer(self.checkpoint, prefix, step.reads, self.dtype)
-                new = prune_layer(layer, kept, units, {}, clone=False)
+                cuts = _cuts(prefix, kept, units)
             else:
-                new = self.refit.layer(step.layer, kept, units)
-            for name, tensor in new.items():
-                self.writer.write(prefix + name, [tensor.cpu()])
+                for name, tensor in self.refit.layer(step.layer, kept, units).items():
+                    self.writer.write(prefix + name, [tensor.cpu()])
         for name in step.reads:
             if name in self.checkpoint.digests:
-                continue  # the layer was cut from it
+                continue  # the layer was re-fitted from it
             pieces = self.checkpoint.chunks(name)
             if name in step.writes:
-                self.writer.write(name, (piece.to(self.dtype) for piece in pieces))
+                self.writer.write(name, _cut((piece.to(self.dtype) for piece in pieces), cuts.get(name)))
             else:
                 # not part of the result, but of the fingerprint of the model that it was made from
                 for _ in pieces:
                     pass
 
 
-class _DenseLayer(Mapping[str, torch.Tensor]):
-    """`{"self_attn.q_proj.weight": tensor, ...}` of one layer, each read when it is asked for and not kept."""
+def _cuts(prefix: str, kept: LayerPlan, units: UnitSlices) -> dict[str, tuple[int, torch.Tensor]]:
+    """`{tensor: (dim, indices that stay)}` of a layer; of a bias only the rows go."""
+    found = {}
+    for name, (dim, index) in units.kept(kept.kv_groups, kept.query_heads, kept.ffn_channels).items():
+        found[f"{prefix}{name}.weight"] = dim, index
+        if dim == 0:
+            found[f"{prefix}{name}.bias"] = dim, index
+    return found
 
-    def __init__(self, checkpoint: Checkpoint, prefix: str, names: tuple[str, ...], dtype: torch.dtype) -> None:
-        self._checkpoint, self._prefix, self._dtype = checkpoint, prefix, dtype
-        self._names = {name.removeprefix(prefix) for name in names}
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._checkpoint.read(self._prefix + name).to(self._dtype)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._names))
-
-    def __len__(self) -> int:
-        return len(self._names)
+def _cut(pieces: Iterable[torch.Tensor], cut: tuple[int, torch.Tensor] | None) -> Iterator[torch.Tensor]:
+    """Pieces of whole rows without the rows (dim 0) or columns (dim 1) that go; `cut` has sorted indices."""
+    if cut is None:
+        yield from pieces
+        return
+    dim, index = cut
+    first = 0
+    for piece in pieces:
+        if dim == 0:
+            begin, end = torch.searchsorted(index, torch.tensor([first, first + len(piece)])).tolist()
+            yield piece if end - begin == len(piece) else piece.index_select(0, index[begin:end] - first)
+        else:
+            # of columns, gather is several times as fast as index_select
+            yield piece if len(index) == piece.shape[1] else piece.gather(1, index.expand(len(piece), -1))
+        first += len(piece)
 
 
 def _stream(surgery: _Surgery, progress: Path, begun: dict[str, Any]) -> None:

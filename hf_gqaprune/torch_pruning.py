@@ -61,8 +61,9 @@ class UnitSlices:
         """`{projection: (dim, kept indices)}` for the projections of one layer; dim 0 = rows, 1 = columns."""
         picks = ((self.kv, kv_groups), (self.query, query_heads), (self.ffn, ffn))
         return {
-            name: (_dim(name), index[torch.tensor(units, dtype=torch.long)].flatten())
+            name: (_dim(name), index[chosen].flatten())
             for table, units in picks
+            for chosen in [torch.tensor(units, dtype=torch.long)]
             for name, index in table.items()
         }
 
