@@ -60,7 +60,7 @@ def needs(shape: str, windows: int, seq_len: int) -> dict[str, Any]:
         plan = gp.make_plan(model=name, backbone_ratio=BACKBONE_RATIO, criterion="random")
         seconds = time.perf_counter() - start
     rule = CRITERIA["curvature"]
-    work = Work(sizes, 2, windows, seq_len, rule, refitted=True, cut=True)
+    work = Work(sizes, 2, windows, seq_len, rule, refitted=True)
     calibration = gp.Calibration.from_ids(torch.zeros(windows, seq_len, dtype=torch.long))
     return {
         "plan_seconds": seconds,

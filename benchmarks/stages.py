@@ -31,7 +31,7 @@ def streamed(checkpoint: Path, scratch: Path, tokens: int, seq_len: int, backbon
     """
     shape = ModelShape.from_config(load_config(checkpoint))
     windows = gp.Calibration.from_ids(random_windows(shape.vocab_size, tokens, seq_len))
-    work = Work(shape, 2, *windows.ids.shape, CRITERIA["curvature"], refitted=True, cut=True)
+    work = Work(shape, 2, *windows.ids.shape, CRITERIA["curvature"], refitted=True)
     stages: Figures = {}
     with _measured(stages, "statistics", checkpoint):
         statistics = gp.stream_statistics(checkpoint, windows, scratch / "statistics")

@@ -20,10 +20,8 @@ _UNITS = {
     "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
-#: libraries, their workspaces and what the allocator keeps
+#: libraries, their workspaces, what the allocator keeps, and pieces of tensors that are only cut
 PROCESS = 3 << 28
-#: a piece of a tensor that is read, hashed and written, and its copy
-_PIECE = 1 << 27
 _SHORT = 256  # tokens of a window that is proposed where windows are what takes the memory
 
 
@@ -46,7 +44,6 @@ class Work:
         windows, seq_len: calibration windows; none where the criterion looks at weights alone.
         measured: the criterion, None where nothing is measured.
         refitted: whether `least_squares` is done.
-        cut: whether weights are written.
         lazy: whether memory counts only once it is written to, as on the CPU.
     """
 
@@ -56,7 +53,6 @@ class Work:
     seq_len: int
     measured: Criterion | None
     refitted: bool
-    cut: bool
     lazy: bool = True
 
     @property
@@ -79,8 +75,6 @@ class Work:
                 _most(found, "measuring a layer", self._measuring(self.measured, layer))
             if self.refitted:
                 _most(found, "re-fitting a layer", self._refitting(layer))
-            if self.cut:
-                _most(found, "cutting a layer", self._weights(layer) + self._largest(layer) + _PIECE)
         return found
 
     def peak(self) -> tuple[str, int]:

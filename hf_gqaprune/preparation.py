@@ -161,7 +161,6 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
             0 if windows is None else windows.ids.shape[1],
             CRITERIA[prepared.measured] if statistics is None and (plan is None or refit) else None,
             refitted=refit,
-            cut=not planning_only,
             lazy=device == devices.CPU,
         )
         check_bound(work, request.memory)

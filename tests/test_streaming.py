@@ -30,7 +30,7 @@ from hf_gqaprune import (
     prune,
     prune_checkpoint,
     shards,
-)  # fmt: skip
+)
 from hf_gqaprune.plan import LayerPlan, ModelShape
 from hf_gqaprune.shards import INDEX, WEIGHTS
 from hf_gqaprune.trainer.merge import write_checkpoint
