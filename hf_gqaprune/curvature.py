@@ -137,9 +137,11 @@ def _pick(p: torch.Tensor, a: torch.Tensor, s: torch.Tensor, r: torch.Tensor) ->
         for row, matrix in ((s_row, p_rows), (r_row, a_rows)):
             row[:end] = matrix[u, :end]
             row[end:] = matrix[end:, u]
-        s_u, r_u = s[:k, u].clone(), r[:k, u].clone()
-        s[k].addmv_(s[:k].T, s_u, beta=scale, alpha=-scale)
-        r[k].addmv_(s[:k].T, r_u, beta=scale, alpha=-scale).addmv_(r[:k].T, s_u, alpha=-scale)
+        s_u, r_u = s_rows[:k, u], r_rows[:k, u]
+        s_row -= s_u @ s_rows[:k]
+        r_row -= r_u @ s_rows[:k] + s_u @ r_rows[:k]
+        s_row *= scale
+        r_row *= scale
         r_row -= half_cost * s_row
         p_diagonal -= s_row * s_row
         a_half -= s_row * r_row
