@@ -57,12 +57,6 @@ class Moments:
         # below the normal numbers of float32 a sum of squares has too few digits to be positive definite
         return ridge * scale if scale > torch.finfo(torch.float32).tiny else 1e-12
 
-    def ridged_columns(self, columns: torch.Tensor) -> torch.Tensor:
-        """`ridged()[:, columns]`, float64 `(n, k)`."""
-        h = self.inputs[:, columns].double()
-        h[columns, torch.arange(len(columns), device=columns.device)] += self.added()
-        return h
-
 
 @dataclass(frozen=True)
 class BlockStatistics:
