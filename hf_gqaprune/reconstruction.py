@@ -23,6 +23,8 @@ from .layerwise import Surroundings, batches_of
 
 #: ridges that are tried, relative to the mean diagonal; the one with the least held-out error is taken
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+#: outputs that a ridge is chosen by, where there are more than twice as many
+_SKETCH = 512
 #: rows that are converted or multiplied at once
 _ROWS = 2048
 _BLOCKS = {
@@ -205,12 +207,18 @@ class Walk:
             sums[is_held].add(norm(pruned), dense_norm(dense))
         for total in sums:
             total.add_up()
-        for name in names:
-            linear = block.get_submodule(name)
-            prior = linear.weight.double()
+        fit, held = sums
+        linears = [block.get_submodule(name) for name in names]
+        ridges = []
+        for linear in linears:
             # T = W a for the dense inputs a, so its sums follow from those of a
-            fit, held = (NormalEquations(s.gram.clone(), prior @ s.cross, 0.0) for s in sums)
-            _assign(linear, _best(fit, held, linear.weight, self.where))
+            probe = _sketched(linear.weight)
+            targets = (NormalEquations(total.gram, probe @ total.cross) for total in sums)
+            ridges.append(_ridge(*targets, probe, self.where))
+        fit += held
+        for linear, ridge in zip(linears, ridges, strict=True):
+            prior = linear.weight.double()
+            _assign(linear, NormalEquations(fit.gram, prior @ fit.cross).solve(prior, ridge))
 
     def _fit_output(
         self, kind: str, linear: nn.Linear, block: nn.Module, norm: nn.Module, targets: Stream
@@ -229,21 +237,38 @@ class Walk:
             hook.remove()
         for total in sums:
             total.add_up()
-        _assign(linear, _best(sums[0], sums[1], linear.weight, self.where))
+        fit, held = sums
+        probes = (NormalEquations(total.gram, _sketched(total.cross)) for total in sums)
+        ridge = _ridge(*probes, _sketched(linear.weight), self.where)
+        fit += held
+        _assign(linear, fit.solve(linear.weight, ridge))
 
 
-def _best(fit: NormalEquations, held: NormalEquations, prior: torch.Tensor, where: str) -> torch.Tensor:
-    """Choose the ridge on the held-out sums, then solve with all of them; `fit` becomes their sum.
+def _sketched(rows: torch.Tensor) -> torch.Tensor:
+    """`_SKETCH` random sums of `rows`, always the same ones, or all of them where they are not many more; float64.
+
+    The squared norm of what is linear in the rows, such as an error, stays the same in expectation, with a relative
+    standard deviation of at most sqrt(2 / `_SKETCH`) = 1/16 (Johnson & Lindenstrauss 1984), which two ridges share.
+    """
+    rows, count = rows.detach().double(), len(rows)
+    if count <= 2 * _SKETCH:
+        return rows
+    generator = torch.Generator().manual_seed(0)
+    sums = torch.randn(_SKETCH, count, generator=generator, dtype=torch.float64).div_(math.sqrt(_SKETCH))
+    return sums.to(rows.device) @ rows
+
+
+def _ridge(fit: NormalEquations, held: NormalEquations, prior: torch.Tensor, where: str) -> float:
+    """The ridge whose solution for `fit` has the least error on `held`; `energy` does not matter.
 
     Raises [`WorkError`], saying `where`, for sums that are not finite.
     """
     if not all(math.isfinite(float(s.gram.diagonal().sum() + s.cross.sum())) for s in (fit, held)):
         raise WorkError(f"{where}: activations overflow while it is re-fitted: load the model in float32 or bfloat16")
     if not bool(held.gram.any()):
-        return fit.solve(prior, RIDGES[len(RIDGES) // 2])
+        return RIDGES[len(RIDGES) // 2]
     errors = [held.error(fit.solve(prior, ridge)) for ridge in RIDGES]
-    fit += held
-    return fit.solve(prior, RIDGES[errors.index(min(errors))])
+    return RIDGES[errors.index(min(errors))]
 
 
 def _assign(linear: nn.Linear, weight: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_llama
 
 import hf_gqaprune as gp
-from hf_gqaprune import factors
+from hf_gqaprune import factors, reconstruction
 from hf_gqaprune.plan import LayerPlan, PruningPlan
 from hf_gqaprune.reconstruction import NormalEquations, refit_on_pruned_prefix
 
@@ -33,6 +33,36 @@ def test_inputs_that_are_all_zero_keep_the_weights():
     sums.add(torch.zeros(4, 3), torch.ones(4, 2))
     prior = torch.arange(6.0, dtype=torch.float64).view(2, 3)
     assert torch.equal(sums.solve(prior, 0.01), prior)
+
+
+def test_a_sketch_keeps_sums_of_rows_and_norms():
+    generator = torch.Generator().manual_seed(0)
+    few, many = (torch.randn(count, 7, generator=generator) for count in (1024, 1025))
+    assert torch.equal(reconstruction._sketched(few), few.double())
+    sketch = reconstruction._sketched(many)
+    assert sketch.shape == (512, 7)
+    mix = torch.randn(7, 3, generator=generator, dtype=torch.float64)
+    assert torch.allclose(reconstruction._sketched(many.double() @ mix), sketch @ mix)
+    assert float(sketch.square().sum() / many.double().square().sum()) == pytest.approx(1, abs=0.25)
+
+
+@pytest.mark.parametrize(("noise", "largest"), [(0.0, False), (3.0, True)])
+def test_many_outputs_choose_the_ridge_that_all_of_them_would(noise, largest, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    true = torch.randn(3000, 12, generator=generator)
+    true[17] *= 100  # one output in which most of the energy lies
+    sums = []
+    for _ in range(2):
+        x = torch.randn(16, 12, generator=generator)
+        sums.append(NormalEquations.zeros(3000, 12, torch.device("cpu")))
+        sums[-1].add(x, x @ true.T + noise * torch.randn(16, 3000, generator=generator) * true.norm(dim=1))
+    prior = true + 0.3 * torch.randn(3000, 12, generator=generator) * true.norm(dim=1)[:, None] / 3
+    chosen = {}
+    for sketch in (reconstruction._SKETCH, 3000):
+        monkeypatch.setattr(reconstruction, "_SKETCH", sketch)
+        fit, held = (NormalEquations(s.gram, reconstruction._sketched(s.cross)) for s in sums)
+        chosen[sketch] = reconstruction._ridge(fit, held, reconstruction._sketched(prior), "here")
+    assert set(chosen.values()) == {max(reconstruction.RIDGES) if largest else min(reconstruction.RIDGES)}
 
 
 @pytest.fixture(scope="module")
