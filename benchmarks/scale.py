@@ -2,11 +2,13 @@
 
     python benchmarks/scale.py llama-3.2-1b -o RESULTS.json [--folder DISK] [--repeat 3]
     python benchmarks/scale.py llama-3-8b --measure streamed --layers 2 --tokens 2048 -o RESULTS.json
+    python benchmarks/scale.py llama-3.2-1b --measure killed --layers 4 --tokens 2048 -o RESULTS.json
     python benchmarks/scale.py llama-3.2-1b --measure in-memory --tokens 32768 -o RESULTS.json
 
 replay (default): each round measures, with cold caches, the floor (a sequential read of the checkpoint, then a sequential
 write of as many bytes as the pruned one has, synced) and `prune_checkpoint` of a random plan.
 streamed: statistics, plan and least-squares pruning, layer by layer: seconds, peak RSS and bytes of each stage.
+killed: the same, and again killed twice, while measuring and while re-fitting, and gone on with: the files of both.
 in-memory: statistics of the loaded model against bare forward and backward passes and bare moment products.
 
 A fifth of the backbone goes. What is measured runs in a process of its own.
@@ -15,9 +17,11 @@ A fifth of the backbone goes. What is measured runs in a process of its own.
 from __future__ import annotations
 
 import argparse
+import filecmp
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,6 +39,8 @@ from hf_gqaprune.report import versions
 
 BACKBONE_RATIO = 0.2
 _BLOCK = 1 << 26
+#: where stages work before they are done
+_UNFINISHED = {"statistics": ".statistics.unfinished", "prune": ".pruned.unfinished"}
 
 
 def floor(checkpoint: Path, size: int, scratch: Path) -> dict[str, float]:
@@ -59,10 +65,44 @@ def floor(checkpoint: Path, size: int, scratch: Path) -> dict[str, float]:
 
 def in_a_process(what: str, *arguments: object) -> dict[str, Any]:
     """`CHILDREN[what]` of the arguments, as texts, in a process of its own."""
-    command = [sys.executable, __file__, "--child", what, *map(str, arguments)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(_child(what, *arguments), check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def _child(what: str, *arguments: object) -> list[str]:
+    return [sys.executable, __file__, "--child", what, *map(str, arguments)]
+
+
+def killed(folder: Path, tokens: int, seq_len: int) -> dict[str, Any]:
+    """`streamed` in one go, and killed at a half of the statistics and of the re-fit: seconds, and which files differ."""
+    once, again = folder / "once", folder / "again"
+    for scratch in (once, again):
+        scratch.mkdir()
+    whole = in_a_process("streamed", folder / "dense", once, tokens, seq_len)
+    seconds = 0.0
+    for stage in ("statistics", "prune"):
+        process = subprocess.Popen(_child("streamed", folder / "dense", again, tokens, seq_len), stdout=subprocess.DEVNULL)
+        begun = time.perf_counter()
+        while process.poll() is None and not (again / _UNFINISHED[stage]).exists():
+            time.sleep(0.01)
+        try:
+            process.wait(whole["stages"][stage]["seconds"] / 2)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        if process.wait() != -signal.SIGKILL:
+            raise RuntimeError(f"it ended by itself before it was killed: {stage} took less than half as long")
+        seconds += time.perf_counter() - begun
+    last = in_a_process("streamed", folder / "dense", again, tokens, seq_len)
+    names = sorted(str(path.relative_to(once)) for path in once.rglob("*") if path.is_file())
+    _, differing, missing = filecmp.cmpfiles(once, again, names, shallow=False)
+    return {
+        "tokens": tokens,
+        "layers": whole["layers"],
+        "seconds": {"in one go": whole["seconds"], "killed twice": seconds + last["seconds"]},
+        "files": len(names),
+        "different": differing + missing,
+    }
 
 
 def replayed(checkpoint: str, plan: str, output: str) -> dict[str, Any]:
@@ -116,7 +156,12 @@ def replay(folder: Path, repeat: int) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     """Print what `stages` measured."""
-    print(f"{found['layers']} layers, {found['tokens']:,} tokens, peak RSS {found['peak_rss'] / 2**30:.2f} GiB")
+    peak = f", peak RSS {found['peak_rss'] / 2**30:.2f} GiB" if "peak_rss" in found else ""
+    print(f"{found['layers']} layers, {found['tokens']:,} tokens{peak}")
+    if "different" in found:
+        seconds, files = found["seconds"], f"{len(found['different'])} of {found['files']} files differ"
+        print(f"  in one go {seconds['in one go']:.1f} s, killed twice {seconds['killed twice']:.1f} s: {files}")
+        return
     if "ratio" in found:
         for name, seconds in found["seconds"].items():
             print(f"  {name:14} {seconds:9.1f} s")
@@ -133,7 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file of the results")
-    parser.add_argument("--measure", choices=CHILDREN, default="replay")
+    parser.add_argument("--measure", choices=[*CHILDREN, "killed"], default="replay")
     parser.add_argument("--folder", type=Path, help="where the checkpoints are written: the disk that is measured")
     parser.add_argument("--layers", type=int, help="so many layers instead of the shape's")
     parser.add_argument("--tokens", type=int, default=2048, help="of calibration, at least one window")
@@ -145,6 +190,9 @@ def main() -> None:
         make_checkpoint(args.shape, folder / "dense", layers=args.layers)
         if args.measure == "replay":
             found = replay(folder, args.repeat)
+        elif args.measure == "killed":
+            found = killed(folder, args.tokens, args.seq_len)
+            show(found)
         else:
             (folder / "scratch").mkdir()
             found = in_a_process(args.measure, folder / "dense", folder / "scratch", args.tokens, args.seq_len)

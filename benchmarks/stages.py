@@ -26,6 +26,8 @@ Figures = dict[str, Any]
 def streamed(checkpoint: Path, scratch: Path, tokens: int, seq_len: int, backbone_ratio: float) -> Figures:
     """Statistics, plan and least-squares pruning of a checkpoint, layer by layer, in this process.
 
+    What a process that was killed left in `scratch` is gone on with.
+
     Returns:
         Per stage seconds, peak RSS, bytes read and written; the estimate that `--memory` goes by.
     """
@@ -34,11 +36,13 @@ def streamed(checkpoint: Path, scratch: Path, tokens: int, seq_len: int, backbon
     work = Work(shape, 2, *windows.ids.shape, CRITERIA["curvature"], refitted=True)
     stages: Figures = {}
     with _measured(stages, "statistics", checkpoint):
-        statistics = gp.stream_statistics(checkpoint, windows, scratch / "statistics")
+        found = scratch / "statistics"
+        done = found.exists()
+        statistics = gp.Statistics.load(found) if done else gp.stream_statistics(checkpoint, windows, found, resume=True)
     with _measured(stages, "plan", checkpoint):
         plan = gp.make_plan(statistics, backbone_ratio=backbone_ratio)
     with _measured(stages, "prune", checkpoint):
-        gp.prune_checkpoint(checkpoint, plan, scratch / "pruned", statistics, compensation="least_squares")
+        gp.prune_checkpoint(checkpoint, plan, scratch / "pruned", statistics, compensation="least_squares", resume=True)
     return {
         "tokens": windows.tokens,
         "layers": len(shape.layers),

@@ -36,6 +36,18 @@ def test_stages_are_measured(
         assert found["ratio"] > 0 and 0 < found["share"] < 1
 
 
+def test_killed_twice_the_files_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "results.json"
+    line = ["tiny", "--measure", "killed", "--layers", "4", "--tokens", "4096", "--seq-len", "64", "-o", str(out)]
+    monkeypatch.setattr(sys, "argv", ["scale.py", *line, "--folder", str(tmp_path)])
+    scale.main()
+    found = json.loads(out.read_text())
+    # curves and moments of 8 blocks, the head of the statistics, the windows, and a checkpoint
+    assert found["different"] == [] and found["files"] > 10
+    assert found["seconds"]["killed twice"] > found["seconds"]["in one go"]
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
 def test_the_curves_are_timed_by_what_is_put_back(tmp_path: Path) -> None:
     real = stages.measurement.Tap.statistics
     seconds: dict[str, float] = {}
