@@ -16,7 +16,7 @@ from torch import nn
 from . import ranks
 from .calibration import Calibration, split_batches
 from .errors import WorkError
-from .factors import add_gram_
+from .factors import add_gram_, tensor_cores
 from .measurement import frozen
 from .statistics import RIDGE
 from .torch_pruning import OUTPUT_PROJECTION
@@ -182,18 +182,19 @@ class _Tap:
         self.tokens = int(ranks.added_up(self.tokens, self.slope))
 
     def _forward(self, _module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        self._x = args[0].detach().flatten(0, -2).float()  # (tokens, n)
+        self._x = args[0].detach().flatten(0, -2)  # (tokens, n)
         if not self.curved:
             add_gram_(self.inputs, self._x)
         self.tokens += len(self._x)
         output.register_hook(self._backward)
 
     def _backward(self, gradient: torch.Tensor) -> None:
-        g = gradient.flatten(0, -2).float()  # (tokens, d)
+        g = gradient.flatten(0, -2)  # (tokens, d)
         if self.drawn:
             add_gram_(self.outputs, g)
         else:
-            self.slope.addmm_(g.T, self._x)
+            with tensor_cores(g.dtype, self._x.dtype):
+                self.slope.addmm_(g.float().T, self._x.float())
 
 
 def output_taps(pruned: Any) -> list[_Tap]:

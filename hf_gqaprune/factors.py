@@ -7,6 +7,7 @@ matrix there is a strip of it and never a second one; up to there LAPACK does it
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.linalg import solve_triangular
@@ -120,6 +121,23 @@ def mirror_(matrix: torch.Tensor, *, from_upper: bool = False) -> torch.Tensor:
     return matrix
 
 
+@contextmanager
+def tensor_cores(*dtypes: torch.dtype) -> Iterator[None]:
+    """Products of float32 copies of numbers of these `dtypes` go through tensor cores where they are as exact there.
+
+    TF32 keeps the 10 fraction bits of float16, which are more than those of bfloat16, the range of float32, and sums in
+    float32. Products of other numbers stay as they are set, and so do all of them on the CPU.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes):
+        matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 def gram_strips(x: torch.Tensor) -> Iterator[tuple[slice, slice]]:
     """Rows and columns that hold the lower triangle of x^T x, `x` being `(tokens, n)`: half of it and a little more."""
     n = x.shape[1]
@@ -129,9 +147,11 @@ def gram_strips(x: torch.Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def add_gram_(total: torch.Tensor, x: torch.Tensor) -> None:
-    """total <- total + x^T x, but for the upper triangle; both of one dtype, `(n, n)` and `(tokens, n)`."""
-    for rows, columns in gram_strips(x):
-        total[rows, columns].addmm_(x[:, rows].T, x[:, columns])
+    """total <- total + x^T x, but for the upper triangle, in the dtype of `total`; `(n, n)` and `(tokens, n)`."""
+    wide = x.to(total.dtype)
+    with tensor_cores(x.dtype):
+        for rows, columns in gram_strips(wide):
+            total[rows, columns].addmm_(wide[:, rows].T, wide[:, columns])
 
 
 def weighted_gram(weight: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:

@@ -181,17 +181,16 @@ class Tap:
         self.weight_gradients = {}
 
     def _take_input(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        x = args[0].detach().flatten(0, -2).float()  # (tokens, n)
+        x = args[0].detach().flatten(0, -2)  # (tokens, n)
         add_gram_(self.inputs, x)  # type: ignore[arg-type]
-        self.input_sum += x.sum(0)  # type: ignore[operator]
+        self.input_sum += x.sum(0, dtype=torch.float32)  # type: ignore[operator]
         self.tokens += len(x)
 
     def _watch_output(self, _module: nn.Module, _args: Any, output: torch.Tensor) -> None:
         output.register_hook(self._take_gradient)
 
     def _take_gradient(self, gradient: torch.Tensor) -> None:
-        g = gradient.flatten(0, -2).float()  # (tokens, d)
-        add_gram_(self.gradients, g)  # type: ignore[arg-type]
+        add_gram_(self.gradients, gradient.flatten(0, -2))  # type: ignore[arg-type]
 
     def _take_weight_gradient(self, name: str) -> Any:
         def take(parameter: torch.Tensor) -> None:

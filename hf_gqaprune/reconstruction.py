@@ -18,7 +18,7 @@ from torch import nn
 from . import ranks
 from .calibration import Calibration
 from .errors import WorkError
-from .factors import cholesky_, gram_strips, mirror_, solve_
+from .factors import cholesky_, gram_strips, mirror_, solve_, tensor_cores
 from .layerwise import Surroundings, batches_of
 
 #: ridges that are tried, relative to the mean diagonal; the one with the least held-out error is taken
@@ -55,14 +55,15 @@ class NormalEquations:
 
     def add(self, x: torch.Tensor, t: torch.Tensor) -> None:
         """Add rows of x `(tokens, k)` and t `(tokens, d)`; products in float32, sums in float64."""
-        x, t = x.flatten(0, -2).float(), t.flatten(0, -2).float()
-        for rows, columns in gram_strips(x):
-            product = (x[:, rows].T @ x[:, columns]).double()
-            self.gram[rows, columns] += product
-            self.gram[: rows.start, rows] += product[:, : rows.start].T
-        # a whole product in float64 would be as large as the sum
-        for total, some in zip(self.cross.split(_ROWS), t.split(_ROWS, 1), strict=True):
-            total += some.T @ x
+        with tensor_cores(x.dtype, t.dtype):
+            x, t = x.flatten(0, -2).float(), t.flatten(0, -2).float()
+            for rows, columns in gram_strips(x):
+                product = (x[:, rows].T @ x[:, columns]).double()
+                self.gram[rows, columns] += product
+                self.gram[: rows.start, rows] += product[:, : rows.start].T
+            # a whole product in float64 would be as large as the sum
+            for total, some in zip(self.cross.split(_ROWS), t.split(_ROWS, 1), strict=True):
+                total += some.T @ x
         self.energy += float(t.square().sum(dtype=torch.float64))
 
     def solve(self, prior: torch.Tensor, ridge: float) -> torch.Tensor:

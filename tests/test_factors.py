@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_gqaprune import factors
-from hf_gqaprune.factors import add_gram_, cholesky_, fill_, invert_, mirror_, solve_, weighted_gram
+from hf_gqaprune.factors import add_gram_, cholesky_, fill_, invert_, mirror_, solve_, tensor_cores, weighted_gram
 
 
 def positive(n: int) -> torch.Tensor:
@@ -59,6 +59,25 @@ def test_a_gram_is_summed_in_its_lower_triangle(strip: int, monkeypatch: pytest.
     assert torch.allclose(total.tril(), (start + x.T @ x).tril(), rtol=1e-5, atol=1e-5)
     above = torch.ones(15, 15).triu(strip).bool()  # beyond every square along the diagonal
     assert torch.equal(total[above], start[above])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_multiplied_and_summed_in_float32_and_only_they_through_tensor_cores(dtype: torch.dtype) -> None:
+    x = torch.randn(300, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    total = torch.zeros(6, 6)
+    add_gram_(total, x)
+    assert torch.allclose(total.double(), x.double().T @ x.double(), rtol=1e-6, atol=1e-4)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    with pytest.raises(ZeroDivisionError), tensor_cores(dtype, dtype):
+        assert matmul.fp32_precision == "tf32"
+        raise ZeroDivisionError
+    with tensor_cores(dtype, torch.float32):
+        assert matmul.fp32_precision == before
+    assert matmul.fp32_precision == before
+    # what TF32 keeps of float32: 10 bits of the fraction
+    bits = x.float().view(torch.int32)
+    assert torch.equal(bits >> 13 << 13, bits)
 
 
 def test_a_weighted_gram_is_the_product_in_its_lower_triangle(block: int) -> None:
