@@ -208,14 +208,14 @@ class Walk:
             sums[is_held].add(norm(pruned), dense_norm(dense))
         for total in sums:
             total.add_up()
-        fit, held = sums
         linears = [block.get_submodule(name) for name in names]
         ridges = []
         for linear in linears:
             # T = W a for the dense inputs a, so its sums follow from those of a
             probe = _sketched(linear.weight)
-            targets = (NormalEquations(total.gram, probe @ total.cross) for total in sums)
-            ridges.append(_ridge(*targets, probe, self.where))
+            fit, held = (NormalEquations(total.gram, probe @ total.cross) for total in sums)
+            ridges.append(_ridge(fit, held, probe, self.where))
+        fit, held = sums
         fit += held
         for linear, ridge in zip(linears, ridges, strict=True):
             prior = linear.weight.double()
@@ -231,16 +231,16 @@ class Walk:
         taken: list[torch.Tensor] = []
         hook = linear.register_forward_pre_hook(lambda _module, args: taken.append(args[0]))
         try:
-            for target, pruned, held in zip(targets, self.pruned, self.held_out, strict=True):
+            for target, pruned, is_held in zip(targets, self.pruned, self.held_out, strict=True):
                 self._run(kind, block, norm(pruned), 1)
-                sums[held].add(taken.pop(), target - pruned - bias)
+                sums[is_held].add(taken.pop(), target - pruned - bias)
         finally:
             hook.remove()
         for total in sums:
             total.add_up()
+        fit, held = (NormalEquations(total.gram, _sketched(total.cross)) for total in sums)
+        ridge = _ridge(fit, held, _sketched(linear.weight), self.where)
         fit, held = sums
-        probes = (NormalEquations(total.gram, _sketched(total.cross)) for total in sums)
-        ridge = _ridge(*probes, _sketched(linear.weight), self.where)
         fit += held
         _assign(linear, fit.solve(linear.weight, ridge))
 
