@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from hf_gqaprune.files import write_json
-from hf_gqaprune.shards import INDEX, ShardWriter
+from hf_gqaprune.shard_writer import ShardWriter
+from hf_gqaprune.shards import INDEX
 
 _BLOCK = 1 << 26
 _LLAMA_3 = {

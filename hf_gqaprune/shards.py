@@ -1,7 +1,7 @@
-"""A checkpoint folder goes in, its tensors come out one at a time; tensors go in, shards under the usual names come out.
+"""A checkpoint folder goes in, its tensors come out, one at a time or in pieces.
 
-Files are read and written by offset, never mapped, so that only what is asked for is in memory. Every tensor that
-passes is hashed on the way: a fingerprint of the weights needs no second pass.
+Files are read by offset, never mapped, so that only what is asked for is in memory. Every tensor that passes is hashed on
+the way: a fingerprint of the weights needs no second pass.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ DTYPES = {
     "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # what safetensors itself accepts
 _CHUNK = 1 << 22  # bytes of a piece of a tensor: caches hold it, and the allocator gives the same pages again
 
@@ -101,15 +100,15 @@ class Checkpoint:
         """The tensor `name`, on the CPU; [`WorkError`] where its file cannot be read."""
         stored = self.tensors[name]
         tensor = torch.empty(stored.shape, dtype=stored.dtype)
-        _read(self._open[stored.file], stored, _bytes(tensor), stored.start)
+        _read(self._open[stored.file], stored, memory_of(tensor), stored.start)
         self.digests[name] = digest(stored.dtype, stored.shape, [tensor])
         return tensor
 
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
         """The tensor `name` in pieces of whole rows, 4 MiB or one row; [`WorkError`] as `read`."""
         stored = self.tensors[name]
-        hashed = _Digest(stored.dtype, stored.shape)
-        for piece in _pieces(self._open[stored.file], stored):
+        hashed = Digest(stored.dtype, stored.shape)
+        for piece in pieces_of(self._open[stored.file], stored):
             hashed.update(piece)
             yield piece
         self.digests[name] = hashed.hex()
@@ -119,116 +118,6 @@ class Checkpoint:
         if hasattr(os, "posix_fadvise"):
             for stored in sorted((self.tensors[name] for name in names), key=lambda t: (t.file, t.start)):
                 os.posix_fadvise(self._open[stored.file], stored.start, stored.nbytes, os.POSIX_FADV_WILLNEED)
-
-
-class ShardWriter:
-    """Shards of a checkpoint whose every tensor is known beforehand; a context manager that opens every shard once.
-
-    The files equal, byte for byte, those that `save_pretrained` writes of the same tensors.
-
-    Attributes:
-        tensors: `{name: StoredTensor}` of what is to be written, in the order of the files.
-        files: `{file name: size in bytes}`.
-        digests: `{name: hex}` of the tensors that were written.
-    """
-
-    def __init__(
-        self, folder: Path, tensors: Mapping[str, torch.Tensor], max_shard_size: int | str, parameters: int
-    ) -> None:
-        """Lay the shards out; nothing is written.
-
-        Args:
-            folder: where they will lie.
-            tensors: names, shapes and dtypes, on the meta device, in the order of the model.
-            max_shard_size: bytes, or a text such as "5GB".
-            parameters: of the model, for the index.
-
-        Raises:
-            UsageError: `max_shard_size` is not a size.
-        """
-        from huggingface_hub import split_torch_state_dict_into_shards
-
-        try:
-            if isinstance(max_shard_size, int) and max_shard_size < 1:
-                raise ValueError("it must be at least one byte")
-            split = split_torch_state_dict_into_shards(
-                dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-            )
-        except ValueError as error:
-            raise UsageError(f"max_shard_size={max_shard_size!r} is not a size such as '5GB': {error}") from error
-        self.folder = folder
-        self.tensors: dict[str, StoredTensor] = {}
-        self.files: dict[str, int] = {}
-        self.digests: dict[str, str] = {}
-        self._headers: dict[str, bytes] = {}
-        for file_name, names in split.filename_to_tensors.items():
-            header, stored = lay_out(folder / file_name, {name: tensors[name] for name in names})
-            self._headers[file_name] = header
-            self.files[file_name] = len(header) + sum(tensor.nbytes for tensor in stored)
-            self.tensors |= {tensor.name: tensor for tensor in stored}
-        self.index: dict[str, Any] | None = None
-        if split.is_sharded:
-            metadata = {"total_parameters": parameters, **split.metadata}
-            self.index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
-        self._open: dict[Path, int] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> ShardWriter:
-        for file_name, size in self.files.items():
-            path = self.folder / file_name
-            try:
-                self._open[path] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-                self._stack.callback(os.close, self._open[path])
-                _write(self._open[path], path, memoryview(self._headers[file_name]), 0)
-                # what an interrupted attempt wrote beyond the end, where another was begun
-                os.truncate(self._open[path], min(size, os.fstat(self._open[path]).st_size))
-            except OSError as error:
-                self._stack.close()
-                raise WorkError(f"cannot write {path}: {error.strerror}") from error
-            except WorkError:
-                self._stack.close()
-                raise
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stack.close()
-
-    def write(self, name: str, pieces: Iterable[torch.Tensor]) -> None:
-        """Write the tensor `name`, given whole or in pieces one after the other; [`WorkError`] where that fails."""
-        stored = self.tensors[name]
-        hashed = _Digest(stored.dtype, stored.shape)
-        position = stored.start
-        for piece in pieces:
-            whole = piece.contiguous()
-            data = _bytes(whole)
-            hashed.update(whole)
-            _write(self._open[stored.file], stored.file, data, position)
-            position += len(data)
-        if position != stored.start + stored.nbytes:
-            raise WorkError(f"{name} has {position - stored.start} bytes, {stored.nbytes} were laid out for it")
-        if hasattr(os, "posix_fadvise"):
-            # starts writing back now, while the next tensor is read, and keeps the cache for what will be read
-            os.posix_fadvise(self._open[stored.file], stored.start, stored.nbytes, os.POSIX_FADV_DONTNEED)
-        self.digests[name] = hashed.hex()
-
-    def holds(self, name: str, expected: str) -> bool:
-        """Whether the tensor `name` is already there with the digest `expected`; then it counts as written."""
-        stored = self.tensors[name]
-        file = self._open[stored.file]
-        if os.fstat(file).st_size < stored.start + stored.nbytes:
-            return False
-        if digest(stored.dtype, stored.shape, _pieces(file, stored)) != expected:
-            return False
-        self.digests[name] = expected
-        return True
-
-    def sync(self) -> None:
-        """Wait until everything is on the disk; [`WorkError`] where it does not get there."""
-        for path, file in self._open.items():
-            try:
-                os.fsync(file)
-            except OSError as error:
-                raise WorkError(f"cannot write {path}: {error.strerror}") from error
 
 
 def read_header(file: Path) -> list[StoredTensor]:
@@ -266,30 +155,9 @@ def read_header(file: Path) -> list[StoredTensor]:
     return tensors
 
 
-def lay_out(file: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, list[StoredTensor]]:
-    """First bytes of a safetensors `file` that will hold `tensors` (any device), all of one dtype, and their places.
-
-    The order is that of safetensors: by name.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in sorted(tensors.items()):
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    head = len(text).to_bytes(8, "little") + text
-    stored = [
-        StoredTensor(name, file, tensor.dtype, tuple(tensor.shape), len(head) + header[name]["data_offsets"][0])
-        for name, tensor in sorted(tensors.items())
-    ]
-    return head, stored
-
-
 def digest(dtype: torch.dtype, shape: tuple[int, ...], pieces: Iterable[torch.Tensor]) -> str:
     """Hex XXH3 (128 bits) of a tensor that comes in `pieces`: dtype, shape and bytes, as in `identity.fingerprint`."""
-    hashed = _Digest(dtype, shape)
+    hashed = Digest(dtype, shape)
     for piece in pieces:
         hashed.update(piece)
     return hashed.hex()
@@ -302,16 +170,20 @@ def fingerprint(digests: Mapping[str, str]) -> str:
     return xxhash.xxh3_128(json.dumps(sorted(digests.items())).encode()).hexdigest()
 
 
-class _Digest:
+class Digest:
+    """`digest` of pieces that come one by one."""
+
     def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         import xxhash
 
         self._hash = xxhash.xxh3_128(f"{dtype} {shape}".encode())
 
     def update(self, piece: torch.Tensor) -> None:
-        self._hash.update(_bytes(piece.contiguous()))
+        """Take the next piece, any layout."""
+        self._hash.update(memory_of(piece.contiguous()))
 
     def hex(self) -> str:
+        """Of all pieces until now."""
         return self._hash.hexdigest()
 
 
@@ -365,12 +237,13 @@ def _place(tensor: StoredTensor) -> tuple[int, int]:
     return tensor.start, tensor.nbytes
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def memory_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
     return tensor.detach().view(-1).view(torch.uint8).numpy().data
 
 
-def _pieces(file: int, stored: StoredTensor) -> Iterator[torch.Tensor]:
+def pieces_of(file: int, stored: StoredTensor) -> Iterator[torch.Tensor]:
+    """A tensor of an open file in pieces of whole rows; [`WorkError`] where it cannot be read."""
     if not stored.nbytes:
         return
     rows, *rest = stored.shape or (1,)
@@ -378,7 +251,7 @@ def _pieces(file: int, stored: StoredTensor) -> Iterator[torch.Tensor]:
     step = max(1, _CHUNK // size)
     for first in range(0, rows, step):
         piece = torch.empty((min(step, rows - first), *rest), dtype=stored.dtype)
-        _read(file, stored, _bytes(piece), stored.start + first * size)
+        _read(file, stored, memory_of(piece), stored.start + first * size)
         yield piece
 
 
@@ -392,12 +265,3 @@ def _read(file: int, stored: StoredTensor, target: memoryview, position: int) ->
         if not count:
             raise WorkError(f"{stored.file} became shorter while it was read: {stored.name} is incomplete")
         target, position = target[count:], position + count
-
-
-def _write(file: int, path: Path, data: memoryview, position: int) -> None:
-    while len(data):
-        try:
-            count = os.pwrite(file, data, position)
-        except OSError as error:
-            raise WorkError(f"cannot write {path}: {error.strerror}") from error
-        data, position = data[count:], position + count

@@ -18,7 +18,8 @@ from .errors import UsageError, WorkError
 from .files import check_room, new_folder, refuse_existing, write_json, write_text
 from .layerwise import Layers, expected_tensors, layer_prefix
 from .plan import LayerPlan, PruningPlan
-from .shards import INDEX, Checkpoint, ShardWriter, fingerprint
+from .shard_writer import ShardWriter
+from .shards import INDEX, Checkpoint, fingerprint
 from .statistics import Statistics
 from .streamed_refit import Refit
 from .surgery import check_compensation, pruned_config
@@ -221,6 +222,7 @@ def _stream(surgery: _Surgery, progress: Path, begun: dict[str, Any]) -> None:
         surgery.take(step, slices)
         write_json(progress, {**begun, "read": surgery.checkpoint.digests, "written": surgery.writer.digests})
         if surgery.refit is not None and step.layer is not None:
+            surgery.writer.wait()
             surgery.refit.finished(step.layer)
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from hf_gqaprune import UsageError, WorkError, identity
-from hf_gqaprune.shards import DTYPES, INDEX, WEIGHTS, Checkpoint, ShardWriter, fingerprint, read_header
+from hf_gqaprune.shard_writer import ShardWriter
+from hf_gqaprune.shards import DTYPES, INDEX, WEIGHTS, Checkpoint, fingerprint, read_header
 
 
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
