@@ -217,9 +217,11 @@ class Walk:
             ridges.append(_ridge(fit, held, probe, self.where))
         fit, held = sums
         fit += held
+        # the solution is linear in W: one of the identity serves all linears, W M in place of a solution each
+        identity = torch.eye(width, device=device)
+        solutions = {ridge: fit.solve(identity, ridge) for ridge in dict.fromkeys(ridges)}
         for linear, ridge in zip(linears, ridges, strict=True):
-            prior = linear.weight.double()
-            _assign(linear, NormalEquations(fit.gram, prior @ fit.cross).solve(prior, ridge))
+            _assign(linear, linear.weight.double() @ solutions[ridge])
 
     def _fit_output(
         self, kind: str, linear: nn.Linear, block: nn.Module, norm: nn.Module, targets: Stream
