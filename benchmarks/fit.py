@@ -1,11 +1,14 @@
 """How the cost of layer-by-layer pruning grows with layers and tokens, and what a shape needs that no machine here holds.
 
     python benchmarks/fit.py small --layers 4 8 16 --tokens 8192 -o layers.json
-    python benchmarks/fit.py small --layers 4 --tokens 4096 8192 16384 32768 -o tokens.json
+    python benchmarks/fit.py small --layers 4 --tokens 4096 8192 16384 32768 --seq-len 512 -o tokens.json
     python benchmarks/fit.py llama-3-70b --needs -o needs.json
 
-Exponents are the slopes of least-squares lines through log seconds over log size. Windows have `--seq-len` tokens in all
-of them. `--needs` plans on the meta device, and computes memory and disk as `--memory` does before it begins.
+Two fits: an exponent, the slope of the least-squares line through log seconds over log size; and the line itself, seconds =
+fixed + each * size, with the largest relative distance of a run from it. What costs the same at any size, such as the
+greedy removal at any number of tokens, makes the first less than 1 where the second is exact. Windows have `--seq-len`
+tokens; below 8 windows none is held out. `--needs` plans on the meta device, and computes memory and disk as `--memory`
+does before it begins.
 """
 
 from __future__ import annotations
@@ -38,6 +41,14 @@ from hf_gqaprune.streamed_statistics import _room
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     """The slope of log seconds over log size."""
     return statistics.linear_regression([*map(math.log, sizes)], [*map(math.log, seconds)]).slope
+
+
+def line(sizes: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:
+    """Seconds that are fixed, seconds for each unit of size, and by how much of it a run is off at most."""
+    found = statistics.linear_regression(sizes, seconds)
+    fitted = (found.intercept + found.slope * size for size in sizes)
+    off = max(abs(guess / actual - 1) for guess, actual in zip(fitted, seconds, strict=True))
+    return {"fixed": found.intercept, "each": found.slope, "off": off}
 
 
 def measure(shape: str, layers: int, tokens: int, seq_len: int, folder: Path | None) -> dict[str, float]:
@@ -95,9 +106,13 @@ def main() -> None:
             runs.append({"layers": layers, "tokens": tokens, "seconds": seconds})
             print(f"{layers} layers, {tokens:,} tokens:", {k: round(v, 1) for k, v in seconds.items()}, flush=True)
     sizes = [run[grown] for run in runs]
-    slopes = {stage: exponent(sizes, [run["seconds"][stage] for run in runs]) for stage in ("statistics", "prune", "all")}
+    by_stage = {stage: [run["seconds"][stage] for run in runs] for stage in ("statistics", "prune", "all")}
+    slopes = {stage: exponent(sizes, seconds) for stage, seconds in by_stage.items()}
+    lines = {stage: line(sizes, seconds) for stage, seconds in by_stage.items()}
     print(f"seconds grow with {grown} to the power of", {stage: round(slope, 2) for stage, slope in slopes.items()})
-    write_json(args.output, {"shape": args.shape, "runs": runs, grown: slopes, "versions": versions()})
+    for stage, found in lines.items():
+        print(f"{stage}: {found['fixed']:.1f} s + {found['each']:.4g} s x {grown}, off by at most {found['off']:.0%}")
+    write_json(args.output, {"shape": args.shape, "runs": runs, grown: slopes, "lines": lines, "versions": versions()})
 
 
 if __name__ == "__main__":

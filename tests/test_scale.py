@@ -63,6 +63,11 @@ def test_exponents_are_slopes_of_logarithms() -> None:
     assert fit.exponent([1, 2, 4], [7, 7, 7]) == pytest.approx(0)
 
 
+def test_a_line_has_what_is_fixed_and_what_is_not() -> None:
+    assert fit.line([1, 2, 4], [7, 9, 13]) == pytest.approx({"fixed": 5, "each": 2, "off": 0})
+    assert fit.line([0, 1, 2], [1, 1, 4])["off"] == pytest.approx(1)
+
+
 def test_growth_is_fitted_over_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit, "in_a_process", lambda what, *arguments: scale.CHILDREN[what](*map(str, arguments)))
     out = tmp_path / "results.json"
@@ -71,6 +76,7 @@ def test_growth_is_fitted_over_layers(tmp_path: Path, monkeypatch: pytest.Monkey
     fit.main()
     found = json.loads(out.read_text())
     assert [run["layers"] for run in found["runs"]] == [1, 2] and set(found["layers"]) == {"statistics", "prune", "all"}
+    assert set(found["lines"]) == set(found["layers"])
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
