@@ -54,13 +54,11 @@ class NormalEquations:
         return NormalEquations(zeros(inputs, inputs), zeros(outputs, inputs))
 
     def add(self, x: torch.Tensor, t: torch.Tensor) -> None:
-        """Add rows of x `(tokens, k)` and t `(tokens, d)`; products in float32, sums in float64."""
+        """Add rows of x `(tokens, k)` and t `(tokens, d)`, products in float32, sums in float64; `complete` comes after."""
         with tensor_cores(x.dtype, t.dtype):
             x, t = x.flatten(0, -2).float(), t.flatten(0, -2).float()
             for rows, columns in gram_strips(x):
-                product = (x[:, rows].T @ x[:, columns]).double()
-                self.gram[rows, columns] += product
-                self.gram[: rows.start, rows] += product[:, : rows.start].T
+                self.gram[rows, columns] += x[:, rows].T @ x[:, columns]
             # a whole product in float64 would be as large as the sum
             for total, some in zip(self.cross.split(_ROWS), t.split(_ROWS, 1), strict=True):
                 total += some.T @ x
@@ -89,8 +87,9 @@ class NormalEquations:
             total += float(((rows @ self.gram) * rows).sum() - 2 * (rows * cross).sum())
         return total + self.energy
 
-    def add_up(self) -> None:
-        """Sum over processes."""
+    def complete(self) -> None:
+        """Nothing more is added: sum over processes, and give `gram`, of which there is half, the other half."""
+        mirror_(self.gram)
         ranks.add_up((self.gram, self.cross))
         self.energy = ranks.added_up(self.energy, self.gram)
 
@@ -207,7 +206,7 @@ class Walk:
         for dense, pruned, is_held in zip(self.dense, self.pruned, self.held_out, strict=True):
             sums[is_held].add(norm(pruned), dense_norm(dense))
         for total in sums:
-            total.add_up()
+            total.complete()
         linears = [block.get_submodule(name) for name in names]
         ridges = []
         for linear in linears:
@@ -239,7 +238,7 @@ class Walk:
         finally:
             hook.remove()
         for total in sums:
-            total.add_up()
+            total.complete()
         fit, held = (NormalEquations(total.gram, _sketched(total.cross)) for total in sums)
         ridge = _ridge(fit, held, _sketched(linear.weight), self.where)
         fit, held = sums

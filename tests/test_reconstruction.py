@@ -19,6 +19,7 @@ def test_sums_give_the_ridge_solution_and_its_error(strip, monkeypatch):
     sums = NormalEquations.zeros(3, 5, torch.device("cpu"))
     sums.add(x[:25], t[:25])
     sums.add(x[25:], t[25:])
+    sums.complete()
     assert torch.allclose(sums.gram, x.T.double() @ x.double(), rtol=1e-5, atol=1e-5)
     weight = sums.solve(prior, 0.1)
     r = 0.1 * float(x.square().sum(0).mean())
@@ -31,6 +32,7 @@ def test_sums_give_the_ridge_solution_and_its_error(strip, monkeypatch):
 def test_inputs_that_are_all_zero_keep_the_weights():
     sums = NormalEquations.zeros(2, 3, torch.device("cpu"))
     sums.add(torch.zeros(4, 3), torch.ones(4, 2))
+    sums.complete()
     prior = torch.arange(6.0, dtype=torch.float64).view(2, 3)
     assert torch.equal(sums.solve(prior, 0.01), prior)
 
@@ -56,6 +58,7 @@ def test_many_outputs_choose_the_ridge_that_all_of_them_would(noise, largest, mo
         x = torch.randn(16, 12, generator=generator)
         sums.append(NormalEquations.zeros(3000, 12, torch.device("cpu")))
         sums[-1].add(x, x @ true.T + noise * torch.randn(16, 3000, generator=generator) * true.norm(dim=1))
+        sums[-1].complete()
     prior = true + 0.3 * torch.randn(3000, 12, generator=generator) * true.norm(dim=1)[:, None] / 3
     chosen = {}
     for sketch in (reconstruction._SKETCH, 3000):
