@@ -190,12 +190,12 @@ def main() -> None:
         make_checkpoint(args.shape, folder / "dense", layers=args.layers)
         if args.measure == "replay":
             found = replay(folder, args.repeat)
-        elif args.measure == "killed":
-            found = killed(folder, args.tokens, args.seq_len)
-            show(found)
         else:
-            (folder / "scratch").mkdir()
-            found = in_a_process(args.measure, folder / "dense", folder / "scratch", args.tokens, args.seq_len)
+            if args.measure == "killed":
+                found = killed(folder, args.tokens, args.seq_len)
+            else:
+                (folder / "scratch").mkdir()
+                found = in_a_process(args.measure, folder / "dense", folder / "scratch", args.tokens, args.seq_len)
             show(found)
     write_json(args.output, {"shape": args.shape, "measure": args.measure, **found, "versions": versions()})
 
