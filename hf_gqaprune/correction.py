@@ -16,7 +16,7 @@ from torch import nn
 from . import ranks
 from .calibration import Calibration, split_batches
 from .errors import WorkError
-from .factors import add_gram_, tensor_cores
+from .factors import add_gram_, exact_products
 from .measurement import frozen
 from .statistics import RIDGE
 from .torch_pruning import OUTPUT_PROJECTION
@@ -193,7 +193,7 @@ class _Tap:
         if self.drawn:
             add_gram_(self.outputs, g)
         else:
-            with tensor_cores(g.dtype, self._x.dtype):
+            with exact_products(g.dtype, self._x.dtype):
                 self.slope.addmm_(g.float().T, self._x.float())
 
 

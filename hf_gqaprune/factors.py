@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.linalg import solve_triangular
@@ -122,20 +123,23 @@ def mirror_(matrix: torch.Tensor, *, from_upper: bool = False) -> torch.Tensor:
 
 
 @contextmanager
-def tensor_cores(*dtypes: torch.dtype) -> Iterator[None]:
-    """Products of float32 copies of numbers of these `dtypes` go through tensor cores where they are as exact there.
+def exact_products(*dtypes: torch.dtype) -> Iterator[None]:
+    """Products of float32 copies of numbers of these `dtypes` take the units for halves where those lose no bit of them.
 
-    TF32 keeps the 10 fraction bits of float16, which are more than those of bfloat16, the range of float32, and sums in
-    float32. Products of other numbers stay as they are set, and so do all of them on the CPU.
+    A GPU's TF32 keeps the 10 fraction bits of float16 and the range of float32, hence bfloat16 too; the CPU's units
+    take bfloat16. All sum in float32, in an order of their own. Products of other numbers stay as they are set.
     """
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
+    backends: Any = torch.backends
+    cuda, cpu = backends.cuda.matmul, backends.mkldnn.matmul
+    before = cuda.fp32_precision, cpu.fp32_precision
     if all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes):
-        matmul.fp32_precision = "tf32"
+        cuda.fp32_precision = "tf32"
+    if all(dtype == torch.bfloat16 for dtype in dtypes):
+        cpu.fp32_precision = "bf16"
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        cuda.fp32_precision, cpu.fp32_precision = before
 
 
 def gram_strips(x: torch.Tensor) -> Iterator[tuple[slice, slice]]:
@@ -149,7 +153,7 @@ def gram_strips(x: torch.Tensor) -> Iterator[tuple[slice, slice]]:
 def add_gram_(total: torch.Tensor, x: torch.Tensor) -> None:
     """total <- total + x^T x, but for the upper triangle, in the dtype of `total`; `(n, n)` and `(tokens, n)`."""
     wide = x.to(total.dtype)
-    with tensor_cores(x.dtype):
+    with exact_products(x.dtype):
         for rows, columns in gram_strips(wide):
             total[rows, columns].addmm_(wide[:, rows].T, wide[:, columns])
 

@@ -18,10 +18,10 @@ from torch import nn
 from . import ranks
 from .calibration import Calibration
 from .errors import WorkError
-from .factors import cholesky_, gram_strips, mirror_, solve_, tensor_cores
+from .factors import cholesky_, exact_products, gram_strips, mirror_, solve_
 from .layerwise import Surroundings, batches_of
 
-#: ridges that are tried, relative to the mean diagonal; the one with the least held-out error is taken
+#: ridges that are tried, rising, relative to the mean diagonal
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 #: outputs that a ridge is chosen by, where there are more than twice as many
 _SKETCH = 512
@@ -55,7 +55,7 @@ class NormalEquations:
 
     def add(self, x: torch.Tensor, t: torch.Tensor) -> None:
         """Add rows of x `(tokens, k)` and t `(tokens, d)`, products in float32, sums in float64; `complete` comes after."""
-        with tensor_cores(x.dtype, t.dtype):
+        with exact_products(x.dtype, t.dtype):
             x, t = x.flatten(0, -2).float(), t.flatten(0, -2).float()
             for rows, columns in gram_strips(x):
                 self.gram[rows, columns] += x[:, rows].T @ x[:, columns]
@@ -182,7 +182,7 @@ class Walk:
         if differs:
             self._fit_inputs(dense_block, dense_norm, block, new_norm, inputs)
         if differs or changed:
-            self._fit_output(kind, getattr(block, output), block, new_norm, targets)
+            self._fit_output(kind, output, block, new_norm, targets)
         if differs or changed:
             self.pruned = self.keep(self._run(kind, block, new_norm(h), 1) + h for h in self.pruned)
         else:
@@ -222,21 +222,18 @@ class Walk:
         for linear, ridge in zip(linears, ridges, strict=True):
             _assign(linear, linear.weight.double() @ solutions[ridge])
 
-    def _fit_output(
-        self, kind: str, linear: nn.Linear, block: nn.Module, norm: nn.Module, targets: Stream
-    ) -> None:
+    def _fit_output(self, kind: str, name: str, block: nn.Module, norm: nn.Module, targets: Stream) -> None:
         """Fit the output projection to the dense residual stream after the block."""
-        device = linear.weight.device
-        sums = [NormalEquations.zeros(linear.out_features, linear.in_features, device) for _ in range(2)]
+        linear: Any = block.get_submodule(name)
+        sums = [NormalEquations.zeros(linear.out_features, linear.in_features, linear.weight.device) for _ in range(2)]
         bias = 0 if linear.bias is None else linear.bias
-        taken: list[torch.Tensor] = []
-        hook = linear.register_forward_pre_hook(lambda _module, args: taken.append(args[0]))
+        # without its projection a block returns what goes into it
+        setattr(block, name, nn.Identity())
         try:
             for target, pruned, is_held in zip(targets, self.pruned, self.held_out, strict=True):
-                self._run(kind, block, norm(pruned), 1)
-                sums[is_held].add(taken.pop(), target - pruned - bias)
+                sums[is_held].add(self._run(kind, block, norm(pruned), 1), target - pruned - bias)
         finally:
-            hook.remove()
+            setattr(block, name, linear)
         for total in sums:
             total.complete()
         fit, held = (NormalEquations(total.gram, _sketched(total.cross)) for total in sums)
@@ -261,16 +258,18 @@ def _sketched(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _ridge(fit: NormalEquations, held: NormalEquations, prior: torch.Tensor, where: str) -> float:
-    """The ridge whose solution for `fit` has the least error on `held`; `energy` does not matter.
+    """The ridge whose solution for `fit` has the least error on `held`, `energy` left out.
 
+    From the middle ones the search goes down: an error that falls and rises with the ridge twice may hide a lesser one.
     Raises [`WorkError`], saying `where`, for sums that are not finite.
     """
     if not all(math.isfinite(float(s.gram.diagonal().sum() + s.cross.sum())) for s in (fit, held)):
         raise WorkError(f"{where}: activations overflow while it is re-fitted: load the model in float32 or bfloat16")
     if not bool(held.gram.any()):
         return RIDGES[len(RIDGES) // 2]
-    errors = [held.error(fit.solve(prior, ridge)) for ridge in RIDGES]
-    return RIDGES[errors.index(min(errors))]
+    low, high = (held.error(fit.solve(prior, ridge)) for ridge in RIDGES[1:3])
+    best, beyond = (RIDGES[1], RIDGES[0]) if low <= high else (RIDGES[2], RIDGES[3])
+    return beyond if held.error(fit.solve(prior, beyond)) < min(low, high) else best
 
 
 def _assign(linear: nn.Linear, weight: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_gqaprune import factors
-from hf_gqaprune.factors import add_gram_, cholesky_, fill_, invert_, mirror_, solve_, tensor_cores, weighted_gram
+from hf_gqaprune.factors import add_gram_, cholesky_, exact_products, fill_, invert_, mirror_, solve_, weighted_gram
 
 
 def positive(n: int) -> torch.Tensor:
@@ -61,23 +61,28 @@ def test_a_gram_is_summed_in_its_lower_triangle(strip: int, monkeypatch: pytest.
     assert torch.equal(total[above], start[above])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_halves_are_multiplied_and_summed_in_float32_and_only_they_through_tensor_cores(dtype: torch.dtype) -> None:
-    x = torch.randn(300, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
-    total = torch.zeros(6, 6)
-    add_gram_(total, x)
-    assert torch.allclose(total.double(), x.double().T @ x.double(), rtol=1e-6, atol=1e-4)
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    with pytest.raises(ZeroDivisionError), tensor_cores(dtype, dtype):
-        assert matmul.fp32_precision == "tf32"
+@pytest.mark.parametrize(
+    ("dtype", "cuda", "cpu"), [(torch.bfloat16, "tf32", "bf16"), (torch.float16, "tf32", None), (torch.float32, None, None)]
+)
+def test_products_of_halves_take_their_units_where_those_are_exact(dtype: torch.dtype, cuda: str, cpu: str) -> None:
+    units = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [unit.fp32_precision for unit in units]
+    with pytest.raises(ZeroDivisionError), exact_products(dtype, dtype):
+        assert [unit.fp32_precision for unit in units] == [cuda or before[0], cpu or before[1]]
         raise ZeroDivisionError
-    with tensor_cores(dtype, torch.float32):
-        assert matmul.fp32_precision == before
-    assert matmul.fp32_precision == before
-    # what TF32 keeps of float32: 10 bits of the fraction
-    bits = x.float().view(torch.int32)
-    assert torch.equal(bits >> 13 << 13, bits)
+    with exact_products(dtype, torch.float32):
+        assert [unit.fp32_precision for unit in units] == before
+    assert [unit.fp32_precision for unit in units] == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_halves_are_multiplied_and_summed_in_float32(dtype: torch.dtype) -> None:
+    # 8 bits each, as bfloat16 has: a float32 holds every sum, a half few of them
+    x = torch.randint(-255, 256, (250, 200), generator=torch.Generator().manual_seed(0)).to(dtype)
+    total = torch.zeros(200, 200)
+    add_gram_(total, x)
+    add_gram_(total, x)
+    assert torch.equal(total.tril(), 2 * (x.double().T @ x.double()).float().tril())
 
 
 def test_a_weighted_gram_is_the_product_in_its_lower_triangle(block: int) -> None:
