@@ -6,18 +6,17 @@ Statistics wait in a hidden folder until what they are for is whole, so that `--
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .devices import within
-from .errors import UsageError
-from .files import refuse_existing, write_json
+from .files import check_room, refuse_existing, refuse_lost, size_on_disk, write_json
 from .memory import parse_size
+from .plan import ModelShape
 from .preparation import Prepared
-from .unfinished import PROGRESS, begin, refuse_unfinished, working_folder
+from .unfinished import PROGRESS, begin, drop, refuse_unfinished, working_folder
 
 if TYPE_CHECKING:
     from .plan import PruningPlan
@@ -42,12 +41,12 @@ def measured(prepared: Prepared, target: Path, *, overwrite: bool, resume: bool)
         return
     kept = prepared.request.save_statistics
     place = refuse_existing(kept, False) if kept else target
-    working = place.absolute().parent / f".{place.name}.measured"
+    working = _measured_folder(place)
     yield _stream(prepared, working, overwrite=overwrite, resume=resume)
     if kept:
         place.parent.mkdir(parents=True, exist_ok=True)
         os.rename(working / "statistics", place)
-    shutil.rmtree(working)
+    drop(working)
 
 
 def prune_bounded(prepared: Prepared, output: str | Path, *, overwrite: bool, resume: bool) -> PruningPlan:
@@ -66,12 +65,12 @@ def prune_bounded(prepared: Prepared, output: str | Path, *, overwrite: bool, re
     request, target = prepared.request, Path(output)
     # hours before prune_checkpoint would say so
     refuse_unfinished(working_folder(target), resume, overwrite)
-    if target.resolve() == prepared.folder.resolve():
-        raise UsageError(f"{target} is the model itself, which stays as it is: choose another output")
+    refuse_lost(target, [prepared.folder, *filter(None, [request.statistics])])
     compensation = request.fitting
     if prepared.plan is not None and compensation == "none":
         prune_checkpoint(prepared.folder, prepared.plan, target, overwrite=overwrite, resume=resume)
         return prepared.plan
+    _check_room(prepared, target)
     with measured(prepared, target, overwrite=overwrite, resume=resume) as statistics:
         plan = prepared.plan or make_plan(statistics, **request.demand())
         moments = statistics if compensation != "none" else None
@@ -81,6 +80,40 @@ def prune_bounded(prepared: Prepared, output: str | Path, *, overwrite: bool, re
                 compensation=compensation, overwrite=overwrite, resume=resume, device=prepared.device,
             )  # fmt: skip
     return plan
+
+
+def _check_room(prepared: Prepared, target: Path) -> None:
+    """Raise [`UsageError`] where the disk will not hold moments, streams and the pruned weights beside each other.
+
+    Said before hours of measuring; what is looked at alone is checked again by those who write it.
+    """
+    from .importance import CRITERIA
+    from .layerwise import Layers
+    from .planner import Demand
+    from .streamed_refit import streams_room
+    from .streamed_statistics import moments_room, room
+    from .trainer.models import load_config
+
+    request, measured_now = prepared.request, prepared.statistics is None
+    layers = Layers(prepared.folder, load_config(prepared.folder))
+    source, dtype, rule = ModelShape.from_config(layers.config), layers.dtype, CRITERIA[prepared.measured]
+    left = source.cost.parameters
+    if prepared.plan is not None:
+        left = prepared.plan.after.parameters
+    elif request.rates is None:
+        left -= round(Demand(**request.demand()).budget(source).parameters)
+    windows = prepared.calibration if measured_now else prepared.statistics and prepared.statistics.calibration
+    refitted = windows is not None and request.fitting == "least_squares"
+    streams = streams_room(windows.tokens, source.hidden_size, dtype) if windows and refitted else 0
+    moments = sum(moments_room(source, rule)) if measured_now and windows else 0
+    most = max(room(source, dtype, prepared.calibration, rule), moments + left * dtype.itemsize + streams)
+    most -= size_on_disk(working_folder(target))
+    check_room(_measured_folder(target), most, "statistics, activations and the pruned weights")
+
+
+def _measured_folder(place: Path) -> Path:
+    """Where statistics wait until `place`, which they are for, is whole."""
+    return place.absolute().parent / f".{place.name}.measured"
 
 
 def _bounded(prepared: Prepared) -> AbstractContextManager[None]:

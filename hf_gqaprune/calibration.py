@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 TOKENS_PER_BATCH = 8192
 #: half a gigabyte in float32
 LOGITS_PER_BATCH = 1 << 27
+#: bytes that a tokenizer takes for a token and what it knows of it, and the token as a number; measured: 340
+_PER_TOKEN = 360
+#: characters whose tokens are counted to tell how many a text has
+_GLANCE = 1 << 16
 #: one window in this many is held out of re-fitting and steps, for choices that must not be made on the fitted windows;
 #: moments and curves are taken over all
 HELD_OUT_EVERY = 8
@@ -104,21 +108,36 @@ class Calibration:
             UsageError: for text that is empty or shorter than one window, more windows asked than there are, or
                 weights that are not positive.
         """
-        if samples < 1 or seq_len < 2:
-            raise UsageError(f"samples={samples} and seq_len={seq_len}: at least 1 window of 2 tokens is needed")
-        texts = _texts(sources, text_column)
-        pools = [token_windows(tokenizer, text, seq_len) for text, _ in texts]
-        counts = _shares(samples, [weight for _, weight in texts], [len(pool) for pool in pools], seq_len)
-        rng = random.Random(seed)
-        rows = [pool[_spread(len(pool), count, rng)] for pool, count in zip(pools, counts, strict=True)]
-        # interleaved, so that held-out windows come from every source
-        order = sorted((i / max(1, count), s, i) for s, count in enumerate(counts) for i in range(count))
-        ids = torch.stack([rows[s][i] for _, s, i in order])
-        records = tuple(
-            Source(text.name, text.split, text.sha256, count, weight)
-            for (text, weight), count in zip(texts, counts, strict=True)
-        )
-        return Calibration(ids, records, seed)
+        return draw(tokenizer, texts_of(sources, text_column), samples, seq_len, seed)
+
+
+def draw(
+    tokenizer: Any, texts: Sequence[tuple[Text, float]], samples: int, seq_len: int, seed: int
+) -> Calibration:
+    """`Calibration.from_text` of texts and weights that are loaded."""
+    if samples < 1 or seq_len < 2:
+        raise UsageError(f"samples={samples} and seq_len={seq_len}: at least 1 window of 2 tokens is needed")
+    pools = [token_windows(tokenizer, text, seq_len) for text, _ in texts]
+    counts = _shares(samples, [weight for _, weight in texts], [len(pool) for pool in pools], seq_len)
+    rng = random.Random(seed)
+    rows = [pool[_spread(len(pool), count, rng)] for pool, count in zip(pools, counts, strict=True)]
+    # interleaved, so that held-out windows come from every source
+    order = sorted((i / max(1, count), s, i) for s, count in enumerate(counts) for i in range(count))
+    ids = torch.stack([rows[s][i] for _, s, i in order])
+    records = tuple(
+        Source(text.name, text.split, text.sha256, count, weight)
+        for (text, weight), count in zip(texts, counts, strict=True)
+    )
+    return Calibration(ids, records, seed)
+
+
+def drawing(tokenizer: Any, texts: Sequence[tuple[Text, float]]) -> int:
+    """Bytes of memory that `draw` takes at its most: each text is tokenized as a whole."""
+    total = 0
+    for text, _ in texts:
+        start = text.content[:_GLANCE]
+        total += 2 * len(text.content) + _PER_TOKEN * len(token_ids(tokenizer, start)) * len(text.content) // len(start)
+    return total
 
 
 def split_batches(ids: torch.Tensor, vocabulary: int) -> Iterator[torch.Tensor]:
@@ -131,7 +150,8 @@ def split_batches(ids: torch.Tensor, vocabulary: int) -> Iterator[torch.Tensor]:
         yield from ids.split(max(1, tokens // ids.shape[1]))
 
 
-def _texts(sources: Any, column: str) -> list[tuple[Text, float]]:
+def texts_of(sources: Any, column: str = "text") -> list[tuple[Text, float]]:
+    """The texts, with their weights, that `Calibration.from_text` draws from."""
     from .text import Text, load_text
 
     if hasattr(sources, "column_names"):

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,33 @@ if TYPE_CHECKING:
 
 
 def refuse_existing(path: str | os.PathLike[str], overwrite: bool, flag: str = "--overwrite") -> Path:
-    """Return `path`; raise [`UsageError`] where it exists (an empty folder counts as absent) and `overwrite` is false."""
+    """Return `path`, where something may be written.
+
+    Raises:
+        UsageError: it exists (an empty folder counts as absent) and `overwrite` is false; it cannot be made, or not be
+            replaced by a rename, as a mounted disk or the folder in which this process stands.
+    """
     target = Path(path)
     occupied = target.exists() and not (target.is_dir() and not any(target.iterdir()))
     if occupied and not overwrite:
         raise UsageError(f"{target} exists already: choose another output or pass {flag}")
+    if target.exists() and (os.path.ismount(target) or target.resolve() == Path.cwd()):
+        raise UsageError(f"{target} is a mounted disk or the current folder, which stays: name a folder in it")
+    place = next(parent for parent in target.absolute().parents if parent.exists())
+    if not place.is_dir():
+        raise UsageError(f"{target} cannot be written: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"{target} cannot be written: no permission to write in {place}")
     return target
+
+
+def refuse_lost(target: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Raise [`UsageError`] where one of `inputs`, files or folders that will be read, is `target` or lies in it."""
+    replaced = Path(target).resolve()
+    for path in inputs:
+        if Path(path).exists() and (found := Path(path).resolve()).is_relative_to(replaced):
+            where = "" if found == replaced else f" lies in {target} and"
+            raise UsageError(f"{path}{where} would be replaced by the output: choose another output")
 
 
 @contextmanager
@@ -37,17 +58,29 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterato
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield scratch
-        scratch.chmod(0o777 & ~_umask())
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.rename(target, old / target.name)
-            os.rename(scratch, target)
-            shutil.rmtree(old)
-        else:
-            os.rename(scratch, target)
+        put_in_place(scratch, target)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Give `folder` the name `target` on the same disk; what was there goes, or comes back on an error."""
+    folder.chmod(0o777 & ~_umask())
+    if not target.exists():
+        os.rename(folder, target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    aside = old / target.name
+    try:
+        os.rename(target, aside)
+        os.rename(folder, target)
+    except BaseException:
+        if aside.exists():
+            os.rename(aside, target)
+        old.rmdir()
+        raise
+    shutil.rmtree(old)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -71,7 +104,7 @@ def write_json(path: str | os.PathLike[str], data: Any) -> None:
 
 def check_room(folder: Path, size: int, what: str) -> None:
     """Raise [`UsageError`] unless `folder`, with what it holds already, has room on its disk for `size` bytes of `what`."""
-    there = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+    there = size_on_disk(folder)
     place = next(path for path in folder.absolute().parents if path.exists())
     missing, free = size - there, shutil.disk_usage(place).free
     if missing > free:
@@ -81,13 +114,18 @@ def check_room(folder: Path, size: int, what: str) -> None:
         )
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def size_on_disk(folder: Path) -> int:
+    """Bytes that the files below `folder` take; 0 where it is not there."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file; [`WorkError`], naming `path`, where it cannot be written, on a full disk for one."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
     except (OSError, SafetensorError) as error:
         raise WorkError(f"cannot write {path}: {' '.join(str(error).split())}") from error
 

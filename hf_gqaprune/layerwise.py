@@ -33,6 +33,7 @@ class Layers:
         checkpoint: the tensors on disk.
         config: of the model.
         dtype: what weights are loaded as, the same as `from_pretrained(dtype="auto")`.
+        stored_itemsize: bytes of a weight on disk, of the widest.
         device: where they are used.
     """
 
@@ -50,7 +51,8 @@ class Layers:
         self.checkpoint = Checkpoint(folder)
         self._skeleton = skeleton(config)
         _check_tensors(folder, self.checkpoint, self._skeleton)
-        floats = (stored for stored in self.checkpoint.tensors.values() if stored.dtype in FLOATS)
+        floats = [stored for stored in self.checkpoint.tensors.values() if stored.dtype in FLOATS]
+        self.stored_itemsize = max(stored.dtype.itemsize for stored in floats)
         # what the config says, else what the first by file and name is
         self.dtype: torch.dtype = config.dtype or min(floats, key=lambda stored: (stored.file, stored.name)).dtype
 
@@ -74,9 +76,8 @@ class Layers:
     def layer(self, index: int) -> Iterator[Any]:
         """The decoder layer `index` with its weights, in eval mode, no parameter with a gradient."""
         layer: Any = self._skeleton.get_decoder().layers[index]
-        prefix = layer_prefix(index)
-        names = [name for name in self.checkpoint.tensors if name.startswith(prefix)]
-        state = {name.removeprefix(prefix): self.tensor(name) for name in names}
+        # old checkpoints hold more, such as the frequencies of the position embeddings
+        state = {name: self.tensor(layer_prefix(index) + name) for name in layer.state_dict()}
         with placed(layer, state):
             yield layer
 

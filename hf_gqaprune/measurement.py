@@ -20,7 +20,7 @@ from .errors import UsageError, WorkError, unknown
 from .factors import add_gram_, mirror_
 from .importance import CRITERIA, Block, Criterion
 from .plan import ModelShape
-from .statistics import KINDS, BlockStatistics, Moments, Statistics
+from .statistics import KINDS, BlockStatistics, Moments, Statistics, weight_digest
 from .torch_pruning import OUTPUT_PROJECTION, UnitSlices, trace_units
 
 if TYPE_CHECKING:
@@ -174,7 +174,8 @@ class Tap:
         curve = rule.curve(block)
         if not bool(torch.isfinite(curve.cost).all()):
             raise WorkError(f"layer {self.layer} {self.kind}: the criterion gives costs that are not finite")
-        return BlockStatistics(self.layer, self.kind, curve, block.moments and block.moments.to(CPU))
+        weight = weight_digest(self.linears[OUTPUT_PROJECTION[self.kind]].weight)
+        return BlockStatistics(self.layer, self.kind, curve, block.moments and block.moments.to(CPU), weight)
 
     def release(self) -> None:
         self.inputs = self.gradients = None

@@ -44,7 +44,8 @@ class Work:
         windows, seq_len: calibration windows; none where the criterion looks at weights alone.
         measured: the criterion, None where nothing is measured.
         refitted: whether `least_squares` is done.
-        lazy: whether memory counts only once it is written to, as on the CPU.
+        stored: bytes of a weight on disk; 0: as `itemsize`.
+        text: what drawing the windows takes, as `calibration.drawing` says.
     """
 
     shape: ModelShape
@@ -53,7 +54,8 @@ class Work:
     seq_len: int
     measured: Criterion | None
     refitted: bool
-    lazy: bool = True
+    stored: int = 0
+    text: int = 0
 
     @property
     def batch(self) -> int:
@@ -65,7 +67,7 @@ class Work:
 
     def stages(self) -> dict[str, int]:
         """Bytes that each stage takes beside `PROCESS`, at most."""
-        found = {}
+        found = {"the calibration text": self.text} if self.text else {}
         if self.windows and (self.measured or self.refitted):
             found["the embeddings"] = self._vocabulary() + 3 * self.batch * self.shape.hidden_size * self.itemsize
         if self.measured and self.measured.calibrated and self.windows:
@@ -84,7 +86,9 @@ class Work:
         return name, PROCESS + stages[name]
 
     def _vocabulary(self) -> int:
-        return self.shape.vocab_size * self.shape.hidden_size * self.itemsize
+        """A weight of the embeddings' size, which is read as it is stored."""
+        twice = self.stored if self.stored not in (0, self.itemsize) else 0
+        return self.shape.vocab_size * self.shape.hidden_size * (self.itemsize + twice)
 
     def _head(self) -> int:
         """Its weight, and a copy that a product makes of it; some rows of logits, their softmax and its gradients."""
@@ -109,7 +113,8 @@ class Work:
         d, attention, ffn = self.shape.hidden_size, layer.query_heads * layer.head_dim, layer.ffn
         weights = self._weights(layer)
         if not self.windows:
-            return weights + 12 * self._largest(layer) // self.itemsize
+            # three matrices in float32, one of them in float64
+            return weights + 20 * self._largest(layer) // self.itemsize
         sums = 4 * (attention**2 + ffn**2)
         if rule.output_gradients:
             sums += 2 * 4 * d**2
@@ -118,9 +123,8 @@ class Work:
         scoring = 2 * 2 * wide**2 + 4 * self._largest(layer)  # the triangle, and the file that is made of it
         if rule.output_gradients:
             strip = 8 * wide * min(wide, 2048)
-            gram = ffn**2 // 2 if self.lazy else ffn**2
-            # the inverse, A, of which only half is written, W; for KV groups both matrices gathered and cut
-            scoring = max(scoring, 8 * (ffn**2 + gram + ffn * d) + 2 * strip, 8 * (5 * attention**2 + attention * d))
+            # the inverse, A, W; for KV groups both matrices gathered, then cut
+            scoring = max(scoring, 8 * (2 * ffn**2 + ffn * d) + 2 * strip, 8 * (9 * attention**2 + attention * d))
         if rule.weight_gradients:
             parameters = weights // self.itemsize
             sums += 4 * parameters + weights // 2
@@ -135,7 +139,9 @@ class Work:
             return self._weights(layer) + alone
         sums = 2 * 8 * (wide**2 + wide * d)
         adding = 12 * 2048 * wide + 4 * self.batch * (wide + 2 * d) + self._activations(layer) // 3
-        return 2 * self._weights(layer) + max(alone, sums + max(adding, 8 * 2 * wide * d + 8 * 2048 * wide))
+        # sums and solutions as wide as the model, and the weights times one
+        inputs = 8 * 9 * d**2 + 8 * 2 * wide * d
+        return 2 * self._weights(layer) + max(alone, inputs, sums + max(adding, 8 * 2 * wide * d + 8 * 2048 * wide))
 
 
 def check_bound(work: Work, memory: str) -> None:

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from .allocation import (
     ALLOCATION_NAMES,
     ALLOCATIONS,
@@ -332,9 +330,8 @@ def _uncalibrated(model: Any, criterion: str | None, seed: int) -> Statistics:
 
 def load_for_planning(path: str | os.PathLike[str], *, weights: bool = True) -> PreTrainedModel:
     """A model with its weights, or, where chance decides, on the meta device from its config alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from .layerwise import skeleton
+    from .trainer.models import load_config, load_model, local_folder
 
-    if weights:
-        return AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    folder = local_folder(os.fspath(path))
+    return load_model(folder) if weights else skeleton(load_config(folder))

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from .statistics import Statistics
 
 
+#: the criterion that is measured for a saved plan, which needs no curves, only what re-fitting reads
+FOR_REFITTING = "magnitude"
+
+
 @dataclass(frozen=True)
 class PruneRequest:
     """What `plan` and `prune` are asked for; see `make_plan`, `prune` and `Calibration.from_text` for the fields.
@@ -83,8 +87,8 @@ class Prepared:
 
     @property
     def measured(self) -> str:
-        """The criterion to measure: a saved plan needs no curves, only what re-fitting reads."""
-        return self.criterion if self.plan is None else "magnitude"
+        """The criterion to measure."""
+        return self.criterion if self.plan is None else FOR_REFITTING
 
 
 def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
@@ -97,7 +101,7 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
     Raises:
         UsageError: for whatever makes no sense.
     """
-    from .calibration import Calibration
+    from .calibration import draw, drawing, texts_of
     from .importance import CRITERIA, DEFAULT
     from .layerwise import Layers
     from .memory import Work, check_bound
@@ -105,7 +109,7 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
     from .planner import Demand, check_budget
     from .statistics import Statistics
     from .surgery import COMPENSATIONS
-    from .trainer.models import check_weights, load_config, load_tokenizer, local_folder
+    from .trainer.models import load_config, load_tokenizer, local_folder
 
     device = _device(request)
     statistics = Statistics.load(request.statistics) if request.statistics else None
@@ -128,8 +132,7 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
     shape = ModelShape.from_config(config)
     scored = request.allocation in ("layer_importance", "search") and request.plan is None
     read = not (planning_only and criterion == "random") or scored
-    if read:
-        check_weights(folder)
+    layers = Layers(folder, config) if read else None
     plan = None
     if request.plan is not None:
         plan = PruningPlan.load(request.plan)
@@ -140,31 +143,38 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
         raise UsageError(f"the statistics in {request.statistics} were collected on a model of other sizes")
     refit = request.fitting != "none" and not planning_only
     measured = CRITERIA[criterion].calibrated and plan is None
-    calibration = None
-    if (statistics is None and (measured or refit)) or (scored and not (statistics and statistics.calibration)):
-        limit = int(config.max_position_embeddings)
-        seq_len = min(2048, limit) if request.seq_len is None else request.seq_len
-        if seq_len > limit:
-            raise UsageError(f"seq_len={seq_len} is longer than the {limit} positions of {request.model}")
+    known = statistics.calibration if statistics else None
+    drawn = (statistics is None and (measured or refit)) or (scored and known is None)
+    samples, seq_len = (0, 0) if known is None else known.ids.shape
+    tokenizer, texts = None, []
+    if drawn:
+        samples, seq_len = request.samples, _seq_len(request, config)
         tokenizer = load_tokenizer(folder)
-        sources = request.calibration or ("wikitext2",)
-        calibration = Calibration.from_text(
-            tokenizer, sources, samples=request.samples, seq_len=seq_len, seed=request.seed
-        )
-    prepared = Prepared(request, device, folder, criterion, plan, statistics, calibration)
-    if request.memory is not None and read:
-        windows = statistics.calibration if statistics else calibration
+        texts = texts_of(request.calibration or ("wikitext2",))
+    if request.memory is not None and layers is not None:
+        rule = CRITERIA[criterion if plan is None else FOR_REFITTING]
         work = Work(
             shape,
-            Layers(folder, config).dtype.itemsize,
-            0 if windows is None else len(windows.ids),
-            0 if windows is None else windows.ids.shape[1],
-            CRITERIA[prepared.measured] if statistics is None and (plan is None or refit) else None,
+            layers.dtype.itemsize,
+            samples,
+            seq_len,
+            rule if statistics is None and (plan is None or refit) else None,
             refitted=refit,
-            lazy=device == devices.CPU,
+            stored=layers.stored_itemsize,
+            text=drawing(tokenizer, texts) if drawn else 0,
         )
         check_bound(work, request.memory)
-    return prepared
+    calibration = draw(tokenizer, texts, samples, seq_len, request.seed) if drawn else None
+    return Prepared(request, device, folder, criterion, plan, statistics, calibration)
+
+
+def _seq_len(request: PruneRequest, config: Any) -> int:
+    """Tokens of a calibration window; [`UsageError`] for more than the model's positions."""
+    limit = int(config.max_position_embeddings)
+    seq_len = min(2048, limit) if request.seq_len is None else request.seq_len
+    if seq_len > limit:
+        raise UsageError(f"seq_len={seq_len} is longer than the {limit} positions of {request.model}")
+    return seq_len
 
 
 def _device(request: PruneRequest) -> torch.device:

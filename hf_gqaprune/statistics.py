@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from .errors import UsageError
 from .files import new_folder, save_tensors, write_json
 from .importance import Curve
 from .plan import LayerShape, ModelShape
+from .shards import digest
+from .torch_pruning import OUTPUT_PROJECTION
 
-VERSION = 1
+VERSION = 2
 KINDS = ("attention", "mlp")
 #: ridge of the optimal-brain-surgeon solve, relative to the mean diagonal of H (Frantar & Alistarh 2022)
 RIDGE = 0.01
@@ -60,12 +63,17 @@ class Moments:
 
 @dataclass(frozen=True)
 class BlockStatistics:
-    """What was measured of one block."""
+    """What was measured of one block.
+
+    Attributes:
+        weight: `weight_digest` of its output projection; None where only the sizes of the model were known.
+    """
 
     layer: int
     kind: str
     curve: Curve
     stored: Moments | Path | None = field(default=None, repr=False)
+    weight: str | None = field(default=None, repr=False)
 
     @staticmethod
     def open(folder: Path, layer: int, kind: str) -> BlockStatistics:
@@ -77,7 +85,8 @@ class BlockStatistics:
             raise UsageError(f"statistics are incomplete: {path} is missing")
         with safe_open(path, framework="pt") as file:
             curve = Curve(file.get_tensor("order"), file.get_tensor("cost"))
-            return BlockStatistics(layer, kind, curve, path if "inputs" in file.keys() else None)  # noqa: SIM118
+            stored = path if "inputs" in file.keys() else None  # noqa: SIM118
+            return BlockStatistics(layer, kind, curve, stored, (file.metadata() or {}).get("weight"))
 
     @property
     def moments(self) -> Moments | None:
@@ -107,6 +116,35 @@ class Statistics:
     blocks: dict[tuple[int, str], BlockStatistics] = field(repr=False)
     calibration: Calibration | None = field(default=None, repr=False)
     seed: int = 0
+
+    @property
+    def folder(self) -> Path | None:
+        """Where moments are read from, None where they are in memory."""
+        return next((b.stored.parent for b in self.blocks.values() if isinstance(b.stored, Path)), None)
+
+    def moments_of(self, layer: int, weights: Mapping[str, torch.Tensor]) -> dict[str, Moments]:
+        """`{kind: Moments}` of a layer's blocks that were measured.
+
+        Args:
+            layer: its index.
+            weights: of the layer that they are used for, `{"self_attn.o_proj.weight": tensor, ...}`.
+
+        Raises:
+            UsageError: they were measured on other weights.
+        """
+        found = {}
+        for kind, name in OUTPUT_PROJECTION.items():
+            block = self.blocks.get((layer, kind))
+            moments = block.moments if block is not None else None
+            if block is None or moments is None:
+                continue
+            if block.weight not in (None, weight_digest(weights[f"{name}.weight"])):
+                raise UsageError(
+                    f"the statistics were collected on other weights than the model's, first in layer {layer}, {name} (or on "
+                    "the same in another dtype): collect them again"
+                )
+            found[kind] = moments
+        return found
 
     def identity(self) -> tuple[object, ...]:
         """What tells two measurements apart, without their moments."""
@@ -164,6 +202,11 @@ class Statistics:
         return Statistics(ModelShape(**source), head["criterion"], blocks, calibration, head["seed"])
 
 
+def weight_digest(weight: torch.Tensor) -> str | None:
+    """What tells a weight from all others, its dtype included: 32 hex digits; None on the meta device."""
+    return None if weight.is_meta else digest(weight.dtype, tuple(weight.shape), [weight.detach().cpu()])
+
+
 def block_file(folder: Path, layer: int, kind: str) -> Path:
     """Where a folder of statistics keeps a block."""
     return folder / f"layer-{layer:03d}.{kind}.safetensors"
@@ -178,7 +221,7 @@ def save_block(block: BlockStatistics, folder: Path, *, moments: bool = True) ->
         if m.gradients is not None:
             tensors["gradients"] = _triangle(m.gradients)
     path = block_file(folder, block.layer, block.kind)
-    save_tensors(tensors, path.with_suffix(".part"))
+    save_tensors(tensors, path.with_suffix(".part"), {"weight": block.weight} if block.weight else None)
     os.rename(path.with_suffix(".part"), path)
 
 

@@ -13,8 +13,13 @@ from .layerwise import Layers, Spill, Spilled, batches_of, placed
 from .plan import LayerPlan
 from .reconstruction import Walk
 from .statistics import Statistics
-from .surgery import moments_of, prune_layer
+from .surgery import prune_layer
 from .torch_pruning import UnitSlices
+
+
+def streams_room(tokens: int, hidden: int, dtype: torch.dtype) -> int:
+    """Bytes on disk of the streams at their most: of both models before a layer, in the middle of it and behind it."""
+    return 6 * tokens * hidden * dtype.itemsize
 
 
 class Refit:
@@ -41,9 +46,13 @@ class Refit:
             return first
         self.spill.folder.mkdir(parents=True, exist_ok=True)
         ids, held_out = batches_of(calibration.fitted, calibration.held_out, self.layers.config.vocab_size)
-        found = next((index for index in range(first, -1, -1) if self._note(index).exists()), 0)
-        if self._note(found).exists():
-            state = json.loads(self._note(found).read_text(encoding="utf-8"))
+        found = next((index for index in range(first, -1, -1) if self._whole(index)), 0)
+        for path in self.spill.folder.glob("before-*.json"):
+            # of streams that are gone, or will be made anew
+            if path != self._note(found):
+                path.unlink()
+        if self._whole(found):
+            state = self._state(found)
             dense, pruned = (Spilled(self.spill, state[name]) for name in ("dense", "pruned"))
             self.differs = state["differs"]
         else:
@@ -55,7 +64,8 @@ class Refit:
     def layer(self, index: int, kept: LayerPlan, slices: UnitSlices) -> dict[str, torch.Tensor]:
         """The weights of a pruned layer on the device, by the names within it; layers come in order."""
         with self.layers.layer(index) as dense:
-            new = prune_layer(dict(dense.state_dict()), kept, slices, moments_of(self.statistics, index))
+            weights = dict(dense.state_dict())
+            new = prune_layer(weights, kept, slices, self.statistics.moments_of(index, weights))
             if self.walk is None:
                 return new
             layer = self.pruned.get_decoder().layers[index]
@@ -71,9 +81,21 @@ class Refit:
     def finished(self, index: int) -> None:
         """The layer's weights are safe: what came before it may go."""
         if self.walk is not None:
-            state = json.loads(self._note(index + 1).read_text(encoding="utf-8"))
+            state = self._state(index + 1)
             self._note(index).unlink(missing_ok=True)
             self.spill.drop_all_but((state["dense"], state["pruned"]))
+
+    def _state(self, index: int) -> dict[str, Any]:
+        """The names of the streams before a layer, and whether they differ."""
+        state: dict[str, Any] = json.loads(self._note(index).read_text(encoding="utf-8"))
+        return state
+
+    def _whole(self, index: int) -> bool:
+        """Whether the streams before a layer are there."""
+        if not self._note(index).exists():
+            return False
+        state = self._state(index)
+        return all(self.spill.has(state[name]) for name in ("dense", "pruned"))
 
     def _note(self, index: int) -> Path:
         """Which streams there are before a layer."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from .calibration import Calibration, split_batches
 from .devices import CPU
 from .errors import UsageError, WorkError, unknown
-from .files import check_room, new_folder, refuse_existing, write_json
+from .files import check_room, put_in_place, refuse_existing, refuse_lost, write_json
 from .importance import CRITERIA, Criterion
 from .layerwise import Layers, Spill
 from .measurement import Tap, check_tokens, check_weights, loss_gradient
@@ -28,7 +27,7 @@ from .plan import ModelShape
 from .shards import Checkpoint
 from .statistics import KINDS, BlockStatistics, Statistics, block_file, save_block
 from .torch_pruning import trace_units
-from .unfinished import PROGRESS, begin, model_state, sha256, working_folder
+from .unfinished import PROGRESS, begin, drop, model_state, sha256, whole_folder, working_folder
 
 
 def stream_statistics(
@@ -72,6 +71,7 @@ def stream_statistics(
         raise unknown("criterion", criterion, CRITERIA)
     target = refuse_existing(output, overwrite)
     folder = local_folder(os.fspath(model))
+    refuse_lost(target, [folder])
     config = load_config(folder)
     source = ModelShape.from_config(config)
     if calibration is None and CRITERIA[criterion].calibrated:
@@ -84,10 +84,11 @@ def stream_statistics(
         check_tokens(calibration, source)
     working = working_folder(target)
     begun = begin(working, resume, overwrite, made_from(folder, layers.checkpoint, calibration, criterion, seed, device))
-    check_room(working, _room(source, layers.dtype, calibration, CRITERIA[criterion]), "the statistics and activations")
+    check_room(working, room(source, layers.dtype, calibration, CRITERIA[criterion]), "the statistics and activations")
     try:
         working.mkdir(parents=True, exist_ok=True)
         write_json(working / PROGRESS, begun)
+        whole = whole_folder(working)
         with layers:
             _Pass(layers, source, calibration, criterion, seed, working).run()
         blocks = {
@@ -96,29 +97,34 @@ def stream_statistics(
             for kind in KINDS
             if kind not in shape.skip
         }
-        with new_folder(target, overwrite) as scratch:
-            Statistics(source, criterion, blocks, calibration, seed).save_head(scratch)
-            for path in working.glob("*.safetensors"):
-                os.rename(path, scratch / path.name)
-        shutil.rmtree(working)
+        Statistics(source, criterion, blocks, calibration, seed).save_head(whole)
+        for layer, kind in blocks:
+            path = block_file(working, layer, kind)
+            os.rename(path, whole / path.name)
+        put_in_place(whole, target)
+        drop(working)
     except (OSError, WorkError) as error:
         reason = " ".join(str(error).split())
         raise WorkError(f"{reason}; what was finished is in {working}: pass --resume to go on, or delete it") from error
     return Statistics.load(target)
 
 
-def _room(source: ModelShape, dtype: torch.dtype, calibration: Calibration | None, rule: Criterion) -> int:
+def room(source: ModelShape, dtype: torch.dtype, calibration: Calibration | None, rule: Criterion) -> int:
     """Bytes on the disk at their most: of activations at the turn of the passes, or of moments at the end."""
     if calibration is None:
         return 0
     stream = calibration.tokens * source.hidden_size * dtype.itemsize
     backward = rule.output_gradients or rule.weight_gradients
-    # float32, half of each square
-    gradients = 4 * source.hidden_size**2 if rule.output_gradients else 0
-    moments = [2 * ((s.query_heads * s.head_dim) ** 2 + s.ffn**2) + gradients for s in source.layers]
+    moments = moments_room(source, rule)
     # going back, every layer's moments take the place of its activations
     most = stream * (len(source.layers) + 2) + max(moments) if backward else 0
     return max(most, sum(moments) + (3 if backward else 2) * stream)
+
+
+def moments_room(source: ModelShape, rule: Criterion) -> list[int]:
+    """Bytes on the disk of each layer's moments: float32, half of each square."""
+    gradients = 4 * source.hidden_size**2 if rule.output_gradients else 0
+    return [2 * ((s.query_heads * s.head_dim) ** 2 + s.ffn**2) + gradients for s in source.layers]
 
 
 def made_from(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -15,16 +16,16 @@ import torch
 from . import identity
 from .devices import CPU
 from .errors import UsageError, WorkError
-from .files import check_room, new_folder, refuse_existing, write_json, write_text
+from .files import check_room, put_in_place, refuse_existing, refuse_lost, write_json, write_text
 from .layerwise import Layers, expected_tensors, layer_prefix
 from .plan import LayerPlan, PruningPlan
 from .shard_writer import ShardWriter
 from .shards import INDEX, Checkpoint, fingerprint
 from .statistics import Statistics
-from .streamed_refit import Refit
+from .streamed_refit import Refit, streams_room
 from .surgery import check_compensation, pruned_config
 from .torch_pruning import UnitSlices, trace_units
-from .unfinished import PROGRESS, begin, model_state, sha256, working_folder
+from .unfinished import PROGRESS, begin, drop, model_state, sha256, whole_folder, working_folder
 
 if TYPE_CHECKING:
     from .modeling_pruned_llama import PrunedLlamaForCausalLM
@@ -82,8 +83,7 @@ def prune_checkpoint(
     check_compensation(compensation, plan, statistics)
     target = refuse_existing(output, overwrite)
     folder = local_folder(os.fspath(model))
-    if target.resolve() == folder.resolve():
-        raise UsageError(f"{target} is the model itself, which stays as it is: choose another output")
+    refuse_lost(target, [folder, *([statistics.folder] if statistics and statistics.folder else [])])
     config = load_config(folder)
     plan.check_model(config)
     layers = Layers(folder, config, device)
@@ -102,24 +102,23 @@ def prune_checkpoint(
     }
     begun = begin(working, resume, overwrite, inputs, ("read", "written"))
     walked = refitted.calibration if refitted else None
-    # before and behind a block, of both models
-    streams = 0 if walked is None else 4 * walked.tokens * config.hidden_size * layers.dtype.itemsize
+    streams = 0 if walked is None else streams_room(walked.tokens, config.hidden_size, layers.dtype)
     check_room(working, sum(writer.files.values()) + streams, "the pruned weights")
     try:
         working.mkdir(parents=True, exist_ok=True)
         write_json(working / PROGRESS, begun)
+        whole = whole_folder(working)
         with checkpoint, writer:
             _resume(checkpoint, writer, begun)
             refit = Refit(layers, pruned, refitted, working) if refitted else None
             steps = _steps(plan, checkpoint, writer)
             _stream(_Surgery(checkpoint, writer, plan, layers.dtype, steps, refit), working / PROGRESS, begun)
             writer.sync()
-        with new_folder(target, overwrite) as scratch:
-            _write_around(pruned, folder, scratch, checkpoint, writer)
-            # last: until then an error leaves them where resume finds them
-            for name in writer.files:
-                os.rename(working / name, scratch / name)
-        shutil.rmtree(working)
+        _write_around(pruned, folder, whole, checkpoint, writer)
+        for name in writer.files:
+            os.rename(working / name, whole / name)
+        put_in_place(whole, target)
+        drop(working)
     except (OSError, WorkError) as error:
         reason = " ".join(str(error).split())
         raise WorkError(f"{reason}; what was finished is in {working}: pass --resume to go on, or delete it") from error
@@ -214,9 +213,8 @@ def _stream(surgery: _Surgery, progress: Path, begun: dict[str, Any]) -> None:
 
     slices = trace_units(surgery.plan.source.layers)
     pending = surgery.pending()
-    for step, following in zip(
-        tqdm(pending, desc="pruning", unit="step", disable=None, leave=False), [*pending[1:], None], strict=True
-    ):
+    bar = tqdm(pending, desc="pruning", unit="step", disable=None, leave=False)
+    for step, following in itertools.zip_longest(bar, pending[1:]):
         if following is not None:
             surgery.checkpoint.announce(following.reads)
         surgery.take(step, slices)

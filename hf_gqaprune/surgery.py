@@ -69,11 +69,12 @@ def prune(
     state = _outer_state(model, inplace)
     for index, kept in enumerate(plan.layers):
         layer = inner.layers[index]
-        moments = moments_of(statistics, index) if compensation != "none" else {}
+        weights = dict(layer.state_dict())
+        moments = statistics.moments_of(index, weights) if statistics and compensation != "none" else {}
         means = None
         if compensation == "bias":
             means, moments = {kind: m.input_mean for kind, m in moments.items()}, {}
-        new = prune_layer(dict(layer.state_dict()), kept, slices[index], moments, means=means, clone=not inplace)
+        new = prune_layer(weights, kept, slices[index], moments, means=means, clone=not inplace)
         state |= {f"model.layers.{index}.{name}": tensor for name, tensor in new.items()}
     pruned = assemble(model, pruned_config(model.config, plan), state)
     previous = getattr(model, "prune_plan", None)
@@ -255,17 +256,6 @@ def _changed(kept: LayerPlan, slices: UnitSlices, kind: str) -> bool:
     if kind == "mlp":
         return len(kept.ffn_channels) < len(slices.ffn["mlp.down_proj"])
     return len(kept.query_heads) < len(slices.group_of_query)
-
-
-def moments_of(statistics: Statistics | None, layer: int) -> dict[str, Moments]:
-    """`{kind: Moments}` of a layer's blocks that were measured."""
-    found = {}
-    for kind in OUTPUT_PROJECTION:
-        block = statistics.blocks.get((layer, kind)) if statistics else None
-        moments = block.moments if block is not None else None
-        if moments is not None:
-            found[kind] = moments
-    return found
 
 
 def _outer_state(model: PreTrainedModel, inplace: bool) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from .errors import UsageError
 from .shards import Checkpoint
 
 PROGRESS = "progress.json"
+#: in a working folder: what is put together last and then takes the output's name
+WHOLE = "whole"
 VERSION = 1
 
 
@@ -31,11 +34,10 @@ def begin(
     """
     path = working / PROGRESS
     fresh: dict[str, Any] = {"version": VERSION, "inputs": inputs, **{name: {} for name in notes}}
-    if not path.exists():
-        return fresh
     refuse_unfinished(working, resume, overwrite)
-    if not resume:
-        shutil.rmtree(working)
+    if not (resume and path.exists()):
+        # without its progress a folder is what is left of one that was being removed
+        drop(working)
         return fresh
     try:
         noted: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -48,6 +50,26 @@ def begin(
     if differing:
         raise UsageError(f"{working} was begun with another {differing[0]}: give the same one, or delete it to begin anew")
     return noted
+
+
+def whole_folder(working: Path) -> Path:
+    """An empty folder in `working` to put the output together in; files that an interrupted call had moved there are back."""
+    whole = working / WHOLE
+    if whole.is_dir():
+        for path in whole.glob("*.safetensors"):
+            os.rename(path, working / path.name)
+        shutil.rmtree(whole)
+    whole.mkdir(parents=True)
+    return whole
+
+
+def drop(working: Path) -> None:
+    """Remove a working folder, if it is there; under another name, so that half of it is never gone on with."""
+    going = working.with_name(f"{working.name}.dropped")
+    shutil.rmtree(going, ignore_errors=True)
+    if working.exists():
+        os.rename(working, going)
+        shutil.rmtree(going)
 
 
 def refuse_unfinished(working: Path, resume: bool, overwrite: bool) -> None:

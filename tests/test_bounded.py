@@ -71,9 +71,10 @@ def test_plans_statistics_and_defaults(place: Path, capsys: pytest.CaptureFixtur
     assert names(place / "elsewhere") == ["statistics"]
     # with --memory least_squares needs no mention
     assert main(command(place, "prune", "disk", *MEMORY)) == 0
-    flags = ("--compensation", "least_squares", "--statistics", place / "wanted")
-    assert main(command(place, "prune", "memory", *flags)) == 0
-    assert main(command(place, "prune", "replanned", *flags, *MEMORY)) == 0
+    flags = ("--backbone-ratio", 0.3, "--compensation", "least_squares", "--statistics", place / "wanted")
+    line = [str(word) for word in ("prune", place / "model", *flags, "-o")]
+    assert main([*line, str(place / "memory")]) == 0
+    assert main([*line, str(place / "replanned"), *MEMORY]) == 0
     given = ["prune", str(place / "model"), "--plan", str(place / "disk.json"), "-o", str(place / "replayed"), *MEMORY]
     assert main([*given, "--calibration", str(place / "text.txt"), "--samples", "20", "--seq-len", "32"]) == 0
     wanted = contents(place / "memory")
@@ -219,10 +220,20 @@ def pickle(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80")
 
 
+def lose_a_tensor(folder: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    index = json.loads((folder / INDEX).read_text())
+    path = folder / index["weight_map"].pop(name)
+    save_file({key: tensor for key, tensor in load_file(path).items() if key != name}, path, metadata={"format": "pt"})
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("memory", [MEMORY, ()])
 @pytest.mark.parametrize("verb", ["plan", "prune"])
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (lose_a_tensor, "config.json asks for model.layers.1.mlp.up_proj.weight, which no shard holds"),
         (cut_off, "is cut off, or its header lies: "),
         (lie, ".safetensors lies: "),
         (lose_a_shard, "names model-00002-of-"),
@@ -230,13 +241,33 @@ def pickle(folder: Path) -> None:
     ],
 )
 def test_a_checkpoint_that_is_not_whole(
-    place: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], message: str, verb: str
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+    message: str,
+    verb: str,
+    memory: tuple[str, ...],
 ) -> None:
     damage(place / "model")
     before = contents(place)
-    told = refused(capsys, command(place, verb, "out", *MEMORY))
+    told = refused(capsys, command(place, verb, "out", *memory))
     assert message in told and str(place / "model") in told
     assert contents(place) == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lose_a_tensor, "config.json asks for model.layers.1.mlp.up_proj.weight, which is not there"),
+        (cut_off, "is cut off, or its header lies: "),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_not_measured(
+    place: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], message: str
+) -> None:
+    damage(place / "model")
+    told = refused(capsys, ["eval", str(place / "model"), "--data", str(place / "text.txt"), "--seq-len", "32"])
+    assert message in told
 
 
 def test_a_weight_that_is_not_finite_is_named_and_nothing_looks_finished(
@@ -276,8 +307,40 @@ def test_requests_that_make_no_sense(
 
 
 def test_a_model_is_not_replaced_by_what_is_made_of_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = command(place, "prune", "model", *MEMORY, "--overwrite")
-    assert "is the model itself" in refused(capsys, line)
+    before = contents(place)
+    for output in ("model", "."):
+        line = command(place, "prune", output, *MEMORY, "--overwrite")
+        assert "would be replaced by the output: choose another" in refused(capsys, line)
+    assert contents(place) == before
+
+
+def test_a_disk_too_small_for_the_result_is_told_before_measuring(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = command(place, "prune", "out", *MEMORY)
+    assert main([*command(place, "prune", "whole", *MEMORY), "--save-statistics", str(place / "statistics")]) == 0
+    held = sum(path.stat().st_size for path in (place / "statistics").glob("layer-*"))
+    weights = sum(path.stat().st_size for path in (place / "whole").glob("*.safetensors"))
+    free = held + weights
+    usage = shutil.disk_usage(place)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=free))
+    # moments and weights would fit beside each other, the streams of both models not
+    said = refused(capsys, line)
+    assert "statistics, activations and the pruned weights need 0.00 GB more" in said and "make room" in said
+    assert not [name for name in names(place) if name.startswith(".")]
+    free = 3 * (held + weights)
+    assert main(line) == 0
+
+
+def test_the_text_counts_before_it_is_tokenized(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "text.txt").write_text(TEXT * 2_000)
+    monkeypatch.setattr("hf_gqaprune.calibration.draw", None)
+    said = refused(capsys, command(place, "prune", "out", "--memory", "1GiB"))
+    assert "the calibration text needs" in said
+    tokens = len(TEXT) * 2_000
+    assert float(said.partition("needs ")[2].partition("GiB")[0]) == pytest.approx((PROCESS + 362 * tokens) / 2**30, abs=0.02)
 
 
 def test_sizes() -> None:

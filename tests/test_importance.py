@@ -307,7 +307,7 @@ def test_statistics_folders_are_refused_when_broken(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no readable statistics.json"):
         Statistics.load(tmp_path / "absent")
     (folder / "statistics.json").write_text('{"version": 7}', encoding="utf-8")
-    with pytest.raises(UsageError, match="statistics of version 7, this release reads 1"):
+    with pytest.raises(UsageError, match="statistics of version 7, this release reads 2"):
         Statistics.load(folder)
 
 

@@ -33,7 +33,7 @@ from hf_gqaprune.importance import CRITERIA
 from hf_gqaprune.layerwise import Layers, Spill
 from hf_gqaprune.measurement import loss_gradient
 from hf_gqaprune.plan import ModelShape
-from hf_gqaprune.streamed_statistics import _room
+from hf_gqaprune.streamed_statistics import room
 from hf_gqaprune.trainer.models import load_config, load_model
 
 SHAPES: dict[str, tuple[dict[str, Any], torch.dtype]] = {
@@ -266,11 +266,11 @@ def test_room_is_asked_for_what_lies_on_the_disk_at_its_most(
 
     monkeypatch.setattr(Spill, "commit", commit)
     for ids in (token_ids(300, 60), token_ids(4, 12)):
-        room = _room(source, torch.float32, Calibration.from_ids(ids), rule)
+        asked = room(source, torch.float32, Calibration.from_ids(ids), rule)
         held.clear()
         stream_statistics(tmp_path / "dense", Calibration.from_ids(ids), tmp_path / "out", criterion=criterion, overwrite=True)
         # headers and curves beside
-        assert max(held) - 40_000 < room < max(held) * 1.3 + 40_000
+        assert max(held) - 40_000 < asked < max(held) * 1.3 + 40_000
 
 
 def test_too_little_room_is_told_before_any_work(tmp_path: Path) -> None:

@@ -407,7 +407,7 @@ def test_requests_that_make_no_sense(tmp_path: Path) -> None:
         prune_checkpoint(dense, thinned(ModelShape.from_config(tiny_config(layers=3))), tmp_path / "out")
     with pytest.raises(UsageError, match="dense exists already"):
         prune_checkpoint(dense, plan, dense)
-    with pytest.raises(UsageError, match="dense is the model itself, which stays as it is"):
+    with pytest.raises(UsageError, match="dense would be replaced by the output"):
         prune_checkpoint(dense, plan, dense, overwrite=True)
     with pytest.raises(UsageError, match="max_shard_size='big' is not a size"):
         prune_checkpoint(dense, plan, tmp_path / "out", max_shard_size="big")
@@ -466,4 +466,8 @@ def test_the_command_replays_a_saved_plan_shard_by_shard(tmp_path: Path, tokeniz
     assert not (tmp_path / "cut").exists()
     # nothing is there to go on with: it begins
     assert main([*command, "--compensation", "none", "--resume"]) == 0
-    assert contents(tmp_path / "cut") == in_memory(tmp_path / "dense", plan, tmp_path / "again")
+    cut, wanted = contents(tmp_path / "cut"), in_memory(tmp_path / "dense", plan, tmp_path / "again")
+    known, of_memory = (json.loads(files.pop("gqaprune.json")) for files in (cut, wanted))
+    assert cut == wanted
+    # the command also notes what it was told
+    assert known == {**of_memory, "calibration": [], "seed": 0, "compensation": "none"}

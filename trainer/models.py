@@ -11,6 +11,7 @@ from torch import nn
 
 from ..devices import CPU, choose
 from ..errors import UsageError, unknown
+from ..shards import Checkpoint
 from .presets import Settings
 
 if TYPE_CHECKING:
@@ -59,8 +60,10 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 
 def check_weights(folder: Path) -> None:
-    """Raise [`UsageError`] where `folder` holds no weights that transformers loads."""
-    if not any(path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern)):
+    """Raise [`UsageError`] where `folder` holds no weights that transformers loads, or a damaged file of them."""
+    if any(folder.glob("*.safetensors")):
+        Checkpoint(folder)
+    elif not any(folder.glob("*.bin")):
         raise UsageError(f"{folder} holds no weights (*.safetensors): give the folder of a whole checkpoint")
 
 
@@ -80,13 +83,21 @@ def load_tokenizer(folder: Path) -> Any:
 def load_model(
     folder: Path, dtype: torch.dtype | str = "auto", device: torch.device = CPU, **options: Any
 ) -> PreTrainedModel:
-    """The causal LM in `folder`, weights as `dtype` on `device`."""
+    """The causal LM in `folder`, weights as `dtype` on `device`.
+
+    Raises [`UsageError`] for a weight that is missing.
+    """
     from transformers import AutoModelForCausalLM
 
     if device != CPU:
         # straight to where it goes, without a copy of everything on the CPU
         options["device_map"] = {"": device}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+    # transformers makes up what it does not find
+    if lost := sorted(found["missing_keys"]):
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        raise UsageError(f"{folder}: config.json asks for {lost[0]}{more}, which is not there: fetch the whole checkpoint")
+    return model
 
 
 def load_to_run(folder: Path, device: str | None) -> PreTrainedModel:
