@@ -15,6 +15,7 @@ import yaml
 
 from .errors import UsageError, WorkError
 from .model_cards.licenses import UNKNOWN, card_metadata, license_of_text, llama_terms
+from .model_cards.load_line import loads_from, names_repository, renaming_command
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -25,6 +26,8 @@ _SENT = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja"),
 )
+#: one of these is there wherever a tokenizer is
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 #: files of ours, and of the tokenizer, in which a local path could hide
 _CHECKED_FOR_PATHS = ("config.json", "tokenizer_config.json", "gqaprune.json", "report.json", "recipe.yaml")
 #: weights that an earlier push may have left and that `from_pretrained` would still find
@@ -81,7 +84,7 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
     """Problems that would make the checkpoint in `folder` fail, or be something else than its plan says; else `[]`.
 
     Every tensor that the model of `config.json` has must be there in its shape, and no other: the model is built on
-    the meta device and only the headers of the weights are read.
+    the meta device and only the headers of the weights are read. So must a tokenizer, where a card of our template loads one.
     """
     folder = Path(folder)
     try:
@@ -92,6 +95,8 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
     problems = [f"{name} is left from an unfinished write" for name in unfinished]
     lost = [name for name in _auto_map(config) if not (folder / name).is_file()]
     problems += [f"auto_map names {name}, which is missing" for name in lost]
+    if _loads_from(folder) and not any((folder / name).is_file() for name in _TOKENIZERS):
+        problems.append("README.md loads a tokenizer, and there is none: save it beside the weights")
     stored, damaged = _stored_shapes(folder)
     problems += damaged
     return problems or _model_problems(folder, config, stored)
@@ -122,8 +127,9 @@ def push(
         The address of the repository; with `dry_run` the list of files and bytes that would be sent.
 
     Raises:
-        UsageError: no such folder, not a whole checkpoint, no card, a bad id, a Llama licence whose terms are not
-            met, a local path in a file that would be sent, no token or one without write access.
+        UsageError: no such folder, not a whole checkpoint, no card, one of our template that loads from another id, a
+            bad id, a Llama licence whose terms are not met, a local path in a file that would be sent, no token or one
+            without write access.
         WorkError: the Hub could not be reached or failed; nothing was published.
     """
     folder = Path(folder)
@@ -201,6 +207,16 @@ def _check_request(folder: Path, repo_id: str) -> None:
             for key, value in _strings(read((folder / name).read_text(encoding="utf-8"))):
                 if _is_local_path(value):
                     raise UsageError(f"{folder / name} holds the local path {value!r} ({key}): remove it first")
+    loaded = _loads_from(folder)
+    if loaded is not None and not names_repository(loaded, repo_id):
+        command = renaming_command(folder, card_metadata(folder), repo_id)
+        raise UsageError(f"{folder / 'README.md'} loads the model from {loaded!r}, not from {repo_id}: run `{command}`")
+
+
+def _loads_from(folder: Path) -> str | None:
+    """What the card in `folder` loads, if it is of our template."""
+    card = folder / "README.md"
+    return loads_from(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
 
 
 def _check_license(folder: Path, repo_id: str) -> None:

@@ -8,28 +8,43 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from . import identity, ranks
 from .devices import release, within
 from .errors import UsageError, WorkError
-from .files import new_folder, refuse_existing, write_json, write_text
+from .files import new_folder, refuse_existing, refuse_lost, write_json, write_text
+from .inputs import text_paths
+from .measuring import PLOT, REPORT, Measurement, measure, refuse_same_names, refuse_seen, write_report
 from .preparation import Prepared, PruneRequest, prepare
+from .provenance import calibrated_on, note, seen
 from .recipe import Recipe, RecoverRecipe
+from .shards import Checkpoint
+from .unfinished import model_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .plan import PruningPlan
     from .statistics import Statistics
+    from .text import Text
 
-PLAN, PRUNED, RECOVERED, REPORT, PLOT, STATE = (
-    "plan.json", "pruned", "recovered", "report.json", "report.png", "run.json",
-)  # fmt: skip
+PLAN, PRUNED, RECOVERED, STATE = "plan.json", "pruned", "recovered", "run.json"
 _WAY_OUT = "--memory SIZE reads the model layer by layer, --device cpu uses no GPU"
+#: `run` has other flags
+_PRUNE_WAY_OUT = (
+    "--set prune.memory=SIZE bounds it, reading the model layer by layer; CUDA_VISIBLE_DEVICES= before the command uses no GPU"
+)
+_REPORT_WAY_OUT = (
+    "what was made is kept for --resume; with it --set evaluate.seq_len=N measures in shorter windows, "
+    "CUDA_VISIBLE_DEVICES= before the command uses no GPU"
+)
 
 
 def decide(prepared: Prepared, model: PreTrainedModel) -> tuple[PruningPlan, Statistics]:
@@ -68,10 +83,15 @@ def plan_model(
     from .bounded import measured
     from .planner import load_for_planning, make_plan
 
-    target = refuse_existing(output, overwrite)
+    target = Path(output)
+    if target.is_dir():
+        raise UsageError(f"{target} is a folder, and a plan is one file: name a file, such as {target / PLAN}")
+    refuse_existing(target, overwrite)
     if resume and not request.memory:
         raise UsageError("only a plan with --memory can be resumed: leave --resume out")
     prepared = prepare(request, planning_only=True)
+    _refuse_lost(target, prepared)
+    target.parent.mkdir(parents=True, exist_ok=True)
     weights = prepared.criterion != "random" or request.allocation in ("layer_importance", "search")
     if request.memory and weights:
         with measured(prepared, target, overwrite=overwrite, resume=resume) as statistics:
@@ -111,8 +131,11 @@ def prune_model(
             "leave --resume out"
         )
     prepared = prepare(request)
+    _refuse_lost(output, prepared)
     if request.streamed:
-        return prune_bounded(prepared, output, overwrite=overwrite, resume=resume)
+        plan = prune_bounded(prepared, output, overwrite=overwrite, resume=resume)
+        note(output, prepared)
+        return plan
     with within(prepared.device, _WAY_OUT):
         model = load_model(prepared.folder, device=prepared.device)
         plan, statistics = decide(prepared, model)
@@ -122,8 +145,16 @@ def prune_model(
         with new_folder(output, overwrite) as scratch:
             whole = PruningPlan.from_dict(pruned.prune_plan)
             write_checkpoint(pruned, prepared.folder, scratch, plan_hash=whole.hash(), base_fingerprint=base)
+            note(scratch, prepared)
     ranks.wait()
     return plan
+
+
+def _refuse_lost(target: str | Path, prepared: Prepared, texts: Iterable[str] = ()) -> None:
+    """Raise [`UsageError`] where `target` would replace what a request reads, or one of the `texts`."""
+    request = prepared.request
+    files = [path for path in (request.plan, request.statistics) if path is not None]
+    refuse_lost(target, [prepared.folder, *text_paths((*request.calibration, *texts)), *files])
 
 
 def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> str:
@@ -140,28 +171,53 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> str
     _check_output(folder, resume, overwrite)
     request = _request(recipe)
     prepared = prepare(request)
-    _check_evaluation(recipe, prepared)
-    _check_recovery(recipe, prepared)
+    trained_on = recipe.recover.data if recipe.recover else ()
+    _refuse_lost(folder, prepared, (*recipe.evaluate.data, *trained_on))
+    texts = _check_evaluation(recipe, prepared)
+    trained = _check_recovery(recipe, prepared)
+    base = {
+        "model": (recipe.model, model_state(prepared.folder, Checkpoint(prepared.folder))),
+        "seed": recipe.seed,
+        "calibration": (recipe.calibration, calibrated_on(prepared), _ids(prepared)),
+        "prune": recipe.prune,
+    }
     if folder.exists() and not resume:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stages = _Stages(folder)
     write_text(folder / "recipe.yaml", recipe.without_paths().to_yaml())
-    base = {"model": recipe.model, "seed": recipe.seed, "calibration": recipe.calibration, "prune": recipe.prune}
-    stages.do(PRUNED, base, lambda again: _prune(request, folder, again))
+    with _telling(prepared.device, _PRUNE_WAY_OUT):
+        stages.do(PRUNED, base, lambda again: _prune(request, folder, again))
     final = PRUNED
     if recipe.recover is not None:
-        base["recover"] = recipe.recover
+        base["recover"] = (recipe.recover, trained)
         arguments = _recovery(recipe, recipe.recover)
         stages.do(RECOVERED, base, lambda again: _recover(folder, arguments, again))
         final = RECOVERED
-    base["evaluate"] = recipe.evaluate
-    stages.do(REPORT, base, lambda _: _report(recipe, folder, prepared, final))
+    base["evaluate"] = (recipe.evaluate, [(text.name, text.split, text.sha256) for text in texts])
+    stages.do(REPORT, base, lambda _: _report(recipe, folder, prepared, final, texts))
     return _publish(recipe, folder, final)
 
 
+def _ids(prepared: Prepared) -> list[list[int]]:
+    """The calibration windows: another tokenizer makes others of the same text."""
+    return prepared.calibration.ids.tolist() if prepared.calibration else []
+
+
+@contextmanager
+def _telling(device: torch.device, way_out: str) -> Iterator[None]:
+    """`devices.within`, also where a stage has told of a full memory already, with flags that `run` does not have."""
+    with within(device, way_out):
+        try:
+            yield
+        except WorkError as error:
+            if isinstance(error.__cause__, torch.OutOfMemoryError):
+                raise error.__cause__ from None
+            raise
+
+
 class _Stages:
-    """Which stages were begun and done, and from which part of the recipe: `run.json`."""
+    """Which stages were begun and done, from which part of the recipe and from which weights and texts: `run.json`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -212,40 +268,41 @@ def _request(recipe: Recipe) -> PruneRequest:
     )
 
 
-def _check_evaluation(recipe: Recipe, prepared: Prepared) -> None:
+def _check_evaluation(recipe: Recipe, prepared: Prepared) -> tuple[Text, ...]:
     """Load what will be evaluated on, and refuse what calibration has seen."""
     from .evaluation import task_manager, window
-    from .report import refuse_overlap
     from .text import load_text
     from .trainer.models import load_config
 
     evaluate = recipe.evaluate
     window(load_config(prepared.folder), evaluate.seq_len, evaluate.stride)
-    texts = [load_text(name, split="test") for name in evaluate.data]
-    names = [text.name for text in texts]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"two evaluation texts are called {name!r}, and a report has one of a name: rename a file")
-    used = prepared.calibration.record() if prepared.calibration else []
-    refuse_overlap(used, [{"name": t.name, "split": t.split, "sha256": t.sha256} for t in texts])
+    texts = tuple(load_text(name, split="test") for name in evaluate.data)
+    refuse_same_names(texts)
+    refuse_seen(texts, [*seen(prepared.folder), *calibrated_on(prepared)])
     if evaluate.tasks:
         task_manager(evaluate.tasks)
+    return texts
 
 
-def _check_recovery(recipe: Recipe, prepared: Prepared) -> None:
-    """Refuse a recovery that could not start; what is pruned has the positions and the vocabulary of the dense model."""
+def _check_recovery(recipe: Recipe, prepared: Prepared) -> list[dict[str, Any]]:
+    """Refuse a recovery that could not start; what is pruned has the positions and the vocabulary of the dense model.
+
+    Returns:
+        `TrainingData.record()`: the text that will be trained on; nothing of what streams.
+    """
     from .trainer.data import load_data
     from .trainer.models import load_tokenizer
     from .trainer.request import make_request
 
     if recipe.recover is None:
-        return
+        return []
     arguments = _recovery(recipe, recipe.recover)
     request = make_request(prepared.folder, output=Path(recipe.output) / RECOVERED, **arguments)
-    if not request.settings.streaming:
-        load_data(
-            load_tokenizer(prepared.folder), request.data, request.settings, seed=request.seed, evaluation=request.evaluation
-        )
+    if request.settings.streaming:
+        return []
+    return load_data(
+        load_tokenizer(prepared.folder), request.data, request.settings, seed=request.seed, evaluation=request.evaluation
+    ).record()
 
 
 def _recovery(recipe: Recipe, recover: RecoverRecipe) -> dict[str, Any]:
@@ -275,45 +332,29 @@ def _recover(folder: Path, arguments: dict[str, Any], again: bool) -> None:
     launch(folder / PRUNED, output=folder / RECOVERED, overwrite=True, resume=again, **arguments)
 
 
-def _report(recipe: Recipe, folder: Path, prepared: Prepared, final: str) -> None:
-    from .evaluation import evaluate_perplexity, evaluate_tasks
-    from .plan import PruningPlan
-    from .report import Report, Stage, count_parameters, versions
-    from .trainer.models import load_to_run, load_tokenizer
-
+def _report(recipe: Recipe, folder: Path, prepared: Prepared, final: str, texts: tuple[Text, ...]) -> None:
     evaluate = recipe.evaluate
-    options: dict[str, Any] = {key: getattr(evaluate, key) for key in ("seq_len", "stride", "drop_tail", "max_chars")}
-    places = {"dense": prepared.folder, "pruned": folder / PRUNED}
-    trainable = None
+    stages = {"dense": prepared.folder, "pruned": folder / PRUNED}
     if final == RECOVERED:
-        places["recovered"] = folder / RECOVERED
-        log = json.loads((folder / RECOVERED / "training_log.json").read_text(encoding="utf-8"))
-        trainable = log["trainable"]
-    stages = []
-    for name, place in places.items():
-        model, tokenizer = load_to_run(place, prepared.request.device), load_tokenizer(place)
-        perplexity = {}
-        for source in evaluate.data:
-            result = evaluate_perplexity(model, tokenizer, source, **options)
-            perplexity[result.dataset] = result
-        tasks = evaluate_tasks(model, tokenizer, list(evaluate.tasks)) if evaluate.tasks else None
-        stages.append(
-            Stage(name, count_parameters(model), trainable if name == RECOVERED else None, perplexity, tasks)
-        )
-        # two of them may be too much for a GPU
-        del model
-    plan = PruningPlan.load(folder / PRUNED / "prune_plan.json")
-    calibration = tuple(prepared.calibration.record()) if prepared.calibration else ()
-    name = recipe.without_paths().model
-    report = Report(name, tuple(stages), plan.summary(), versions(), recipe.seed, calibration)
-    report.plot(folder / PLOT, overwrite=True)
-    report.save(folder / REPORT, overwrite=True)
+        stages["recovered"] = folder / RECOVERED
+    what = Measurement(
+        texts=texts,
+        seq_len=evaluate.seq_len,
+        stride=evaluate.stride,
+        drop_tail=evaluate.drop_tail,
+        max_chars=evaluate.max_chars,
+        tasks=evaluate.tasks,
+        device=prepared.request.device,
+    )
+    measured = [found for _, found in measure(stages, what, _REPORT_WAY_OUT)]
+    write_report(recipe.without_paths().model, stages, measured, folder)
 
 
 def _publish(recipe: Recipe, folder: Path, final: str) -> str:
     """Complete the folder that `push` would send, and say what there is to say."""
     from . import hub
     from .model_cards.card import create_model_card
+    from .model_cards.load_line import card_command
     from .report import Report
 
     for name in (REPORT, PLOT, "recipe.yaml"):
@@ -331,4 +372,7 @@ def _publish(recipe: Recipe, folder: Path, final: str) -> str:
         f'model = AutoModelForCausalLM.from_pretrained("{folder / final}")'
     )
     table = Report.load(folder / REPORT).table()
-    return f"\n`gqaprune push {folder / final} ORG/NAME` would send:\n{listing}\n\n{table}\n\n{load}"
+    # a card that names no repository is written anew for one
+    renamed = f"`{card_command(folder / final, recipe.model, 'ORG/NAME', recipe.card.license)}`, then "
+    first, target = ("", name) if "/" in name else (renamed, "ORG/NAME")
+    return f"\n{first}`gqaprune push {folder / final} {target}` would send:\n{listing}\n\n{table}\n\n{load}"

@@ -67,7 +67,7 @@ class Report:
         stages: `dense` first, then `pruned` and, where there was one, `recovered`.
         plan: `PruningPlan.summary()`.
         versions: of the packages that matter, see [`versions`].
-        seed: of the run.
+        seed: of the run; None where the pruned checkpoint does not tell.
         calibration: `Calibration.record()`: name, split and sha256 of every text the pruning has seen.
 
     Raises:
@@ -79,7 +79,7 @@ class Report:
     stages: tuple[Stage, ...]
     plan: dict[str, Any]
     versions: dict[str, str]
-    seed: int
+    seed: int | None
     calibration: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from .. import identity
 from ..errors import UsageError
 from ..files import refuse_existing, write_text
 from ..plan import PruningPlan
+from ..provenance import training
 from ..recipe import Recipe
 from .licenses import inherited, is_hub_id, llama_terms
 
@@ -51,8 +52,8 @@ def create_model_card(
 ) -> Path:
     """Write `folder/README.md` from the files in `folder`, and `NOTICE` where a Llama licence asks for one.
 
-    Reads `config.json` and `prune_plan.json`, and where they exist `report.json`, `recipe.yaml`, `gqaprune.json` and
-    pictures (`*.png`).
+    Reads `config.json` and `prune_plan.json`, and where they exist `report.json`, `recipe.yaml`, `gqaprune.json`,
+    `training_log.json` and pictures (`*.png`).
 
     Args:
         base_model: the dense model, a Hub id or a folder. A folder's name is shown, never its path.
@@ -92,6 +93,8 @@ def _render(folder: Path, base_model: str | os.PathLike[str], stated: dict[str, 
     _check_report(report, plan)
     recipe_path = folder / "recipe.yaml"
     recipe = recipe_path.read_text(encoding="utf-8") if recipe_path.exists() else ""
+    known = identity.read(folder) or {}
+    log = training(folder)
     terms = llama_terms(stated)
     pipeline_tag, auto_class = head(config)
     title = name.rpartition("/")[2]
@@ -104,7 +107,7 @@ def _render(folder: Path, base_model: str | os.PathLike[str], stated: dict[str, 
         library_name="transformers",
         pipeline_tag=pipeline_tag,
         tags=[*_TAGS, *(["custom_code"] if custom_code else [])],
-        datasets=_training_data(recipe_path) or None,
+        datasets=_training_data(recipe_path, log) or None,
         model_name=title if stages else None,
         eval_results=_eval_results(stages[-1]) if stages else None,
     )
@@ -127,13 +130,15 @@ def _render(folder: Path, base_model: str | os.PathLike[str], stated: dict[str, 
         results=_perplexity_rows(stages),
         conditions=_condition_rows(stages),
         tasks=_task_rows(stages),
-        recovered="recovered" in names,
-        trainable=next((stage["trainable"] for stage in reversed(stages) if stage["trainable"]), None),
-        calibration=[_source_line(source) for source in report.get("calibration") or []],
-        seed=report.get("seed"),
+        recovered="recovered" in names or log is not None,
+        training=_training(log, stages),
+        held_out=[f"{entry['perplexity']:,.2f}" for entry in (log or {}).get("held_out", [])],
+        calibration=[_source_line(source) for source in report.get("calibration") or known.get("calibration") or []],
+        seed=report.get("seed", known.get("seed")),
+        compensation=known.get("compensation"),
         settings=_settings(recipe_path) if recipe else [],
         recipe=recipe.strip(),
-        identity=[("plan", plan["hash"]), *_fingerprints(folder)],
+        identity=[("plan", plan["hash"]), *_fingerprints(known)],
         pictures=[{"file": path.name, "alt": path.stem} for path in sorted(folder.glob("*.png"))],
         auto_class=auto_class,
         custom_code=custom_code,
@@ -262,8 +267,22 @@ def _eval_results(stage: Mapping[str, Any]) -> list[EvalResult] | None:
     return results or None
 
 
+def _training(log: Mapping[str, Any] | None, stages: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What recovery trained, from its log; of a report without one the parameters alone. None where nothing trained."""
+    if log is None:
+        trainable = next((stage["trainable"] for stage in reversed(stages) if stage["trainable"]), None)
+        return trainable and {"trainable": trainable, "tokens": None, "teacher": None, "merged": True, "data": []}
+    return {
+        "trainable": log["trainable"],
+        "tokens": log["tokens"],
+        "teacher": log["teacher"],
+        "merged": log["settings"]["method"] == "lora",
+        "data": [_source_line(source) for source in log["data"]],
+    }
+
+
 def _source_line(source: Mapping[str, Any]) -> str:
-    """One calibration source: its name first, then what else the report says of it."""
+    """One source of text: its name first, then what else is said of it."""
     told = {key: value for key, value in source.items() if key != "name" and (key, value) != ("weight", 1.0)}
     rest = ", ".join(f"{key} {value}" for key, value in told.items())
     return f"{source['name']} ({rest})" if rest else str(source["name"])
@@ -289,14 +308,13 @@ def _inline(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def _training_data(recipe_path: Path) -> list[str]:
-    """Hub ids of what recovery trained on."""
+def _training_data(recipe_path: Path, log: Mapping[str, Any] | None) -> list[str]:
+    """Hub ids of what recovery trained on, as the recipe names them, or else the log."""
     recover = Recipe.load(recipe_path).recover if recipe_path.exists() else None
-    sources = recover.data if recover else ()
+    sources = recover.data if recover else [source["name"] for source in (log or {}).get("data", [])]
     known = (_DATASETS.get(source, (source, None))[0] for source in sources)
     return [name.partition(":")[0] for name in known if is_hub_id(name.partition(":")[0])]
 
 
-def _fingerprints(folder: Path) -> list[tuple[str, str]]:
-    found = identity.read(folder) or {}
-    return [(key.replace("_", " "), str(value)) for key, value in found.items() if "fingerprint" in key and value]
+def _fingerprints(known: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(key.replace("_", " "), str(value)) for key, value in known.items() if "fingerprint" in key and value]

@@ -16,6 +16,7 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_file
 from transformers import LlamaConfig
 
+from hf_gqaprune import identity
 from hf_gqaprune.errors import UsageError
 from hf_gqaprune.model_cards.card import create_model_card, fill
 from hf_gqaprune.plan import LayerPlan, PruningPlan
@@ -153,6 +154,42 @@ def test_calibration_and_recovery_are_described(tmp_path: Path) -> None:
     assert "- wikitext2 (split train, windows 128)" in text
     assert "Recovery trained 12,345 parameters" in text
     assert "allocation `global`, seed 7" in text
+
+
+def training_log(**changes: Any) -> str:
+    """What a recovery writes of itself, as far as a card reads it."""
+    source = {"name": "wikitext2", "split": "train", "sha256": SHA256, "weight": 1.0, "rows": 40, "tokens": 1280}
+    held_out = [{"step": 0, "loss": 2.0, "perplexity": 14.5}, {"step": 5, "loss": 1.0, "perplexity": 11.25}]
+    log = {"teacher": "dense", "settings": {"method": "lora"}, "data": [source], "trainable": 12345, "tokens": 1280}
+    return json.dumps({**log, "held_out": held_out, **changes})
+
+
+def test_a_recovery_without_a_report_tells_what_was_trained_and_measured(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    (folder / "training_log.json").write_text(training_log())
+    calibration = [{"name": "notes", "split": "file", "sha256": SHA256, "windows": 8, "weight": 1.0}]
+    identity.write(folder, calibration=calibration, seed=3, compensation="least_squares")
+    made = card(folder)
+    assert " % of the decoder layers'), then recovered by training." in made.text
+    told = "Recovery trained 12,345 parameters on 1,280 tokens, distilled from `dense`, merged into the weights.\n\n"
+    assert f"{told}Training text:\n\n- wikitext2 (split train, sha256 {SHA256}, rows 40, tokens 1280)\n" in made.text
+    assert "perplexity was 14.50 at its beginning and 11.25 at its end" in made.text
+    assert "Only rows of the training text were measured" in made.text and "Nothing was measured" not in made.text
+    assert "allocation `global`, seed 3; compensation `least_squares`." in made.text
+    assert f"Calibration text:\n\n- notes (split file, sha256 {SHA256}, windows 8)\n" in made.text
+    assert made.data.datasets == ["Salesforce/wikitext"]
+    # all weights, by cross-entropy, without rows to measure
+    changes = {"settings": {"method": "full"}, "teacher": None, "held_out": []}
+    (folder / "training_log.json").write_text(training_log(**changes))
+    text = card(folder, overwrite=True).text
+    assert "Recovery trained 12,345 parameters on 1,280 tokens.\n" in text and "Nothing was measured" in text
+    # a report says more
+    write(folder, {"stages": stages(10.0, 12.5, 11.0)})
+    text = card(folder, overwrite=True).text
+    assert "recovered / dense" in text and "Only what the tables above measure" in text and "seed 7;" in text
+    (folder / "training_log.json").write_text("{")
+    with pytest.raises(UsageError, match=r"training_log\.json is not JSON"):
+        card(folder, overwrite=True)
 
 
 def test_pictures_are_shown(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import warnings
 from pathlib import Path
 
@@ -269,7 +270,7 @@ def test_prune_eval_card_and_dry_push(capsys, tmp_path, model, text):
     assert main(["eval", str(model), one, "--data", str(text), "--seq-len", "32", "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)
     assert [entry["perplexity"][0]["tokens"] for entry in measured.values()] == [len(TEXT)] * 2
-    assert main(["card", one, "--base-model", str(model), "--license", "apache-2.0"]) == 0
+    assert main(["card", one, "--base-model", str(model), "--license", "apache-2.0", "--name", "org/small"]) == 0
     assert main(["push", one, "org/small", "--dry-run"]) == 0
     assert "model.safetensors" in capsys.readouterr().out
 
@@ -282,9 +283,84 @@ def test_a_plan_of_saved_statistics_is_the_same_plan(capsys, tmp_path, model, te
     assert main([*line, "--statistics", statistics, "-o", two]) == 0
     assert Path(one).read_bytes() == Path(two).read_bytes()
     capsys.readouterr()
+    for flags in (["--calibration", str(text)], ["--samples", "8"], ["--seq-len", "32"], ["--save-statistics", str(tmp_path / "x")]):
+        told = refused(capsys, *line, "--statistics", statistics, *flags, "-o", str(tmp_path / "three.json"))
+        assert f"saved statistics need no calibration pass: leave {flags[0]} out" in told
     wrong = [*line, "--statistics", statistics, "--criterion", "wanda", "-o", str(tmp_path / "three.json")]
     assert "for criterion curvature, not wanda" in refused(capsys, *wrong)
     assert not (tmp_path / "three.json").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--criterion magnitude", "--allocation global", "--temperature 1", "--attention-share 0.5", "--min-kv-heads 1",
+     "--min-ffn 1", "--keep-layers 0", "--round-to 8"],
+)  # fmt: skip
+def test_a_saved_plan_is_not_changed_by_flags(capsys, tmp_path, model, flags):
+    line = ["plan", str(model), "--ratio", "0.2", "--criterion", "magnitude", "-o", str(tmp_path / "plan.json")]
+    assert main(line) == 0
+    capsys.readouterr()
+    line = ["prune", str(model), "--plan", str(tmp_path / "plan.json"), "--compensation", "none", "-o", str(tmp_path / "out")]
+    flag = flags.split()[0]
+    assert f"a saved plan says what goes: leave {flag} out" in refused(capsys, *line, *flags.split())
+    assert not (tmp_path / "out").exists() and main(line) == 0
+
+
+def test_defaults_of_flags_are_those_of_the_request(model):
+    from hf_gqaprune.cli import make_parser
+    from hf_gqaprune.cli.verbs import _prune_request
+    from hf_gqaprune.preparation import PruneRequest
+
+    line = ["prune", str(model), "-o", "out"]
+    given = {"--ratio 0.2": {"ratio": 0.2}, "--rates 0.1,0,0": {"rates": (0.1, 0.0, 0.0), "allocation": "per_layer"}}
+    for flags, fields in given.items():
+        request = _prune_request(make_parser().parse_args([*line, *flags.split()]))
+        assert request == PruneRequest(model=str(model), **fields)
+
+
+def test_help_names_every_criterion_and_allocation(capsys):
+    from hf_gqaprune.allocation import ALLOCATION_NAMES
+    from hf_gqaprune.importance import CRITERIA
+
+    with pytest.raises(SystemExit):
+        main(["prune", "--help"])
+    told = capsys.readouterr().out
+    assert all(re.search(rf"\b{name}\b", told) for name in (*CRITERIA, *ALLOCATION_NAMES))
+    assert "curvature (default)" in told and "global (default)" in told
+
+
+@pytest.mark.parametrize(
+    "flags, kept", [("--criterion curvature", False), ("--memory 2GiB", True), ("--criterion taylor --memory=2GiB", True)]
+)
+def test_an_interrupted_prune_says_whether_anything_is_kept(capsys, tmp_path, flags, kept):
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, stop)
+    line = ["prune", "demo", "--ratio", "0.2", "--calibration", "demo", "--samples", "512", "--seq-len", "256"]
+    try:
+        # in the midst of it: the whole of it takes a minute
+        signal.setitimer(signal.ITIMER_REAL, 3)
+        assert main([*line, "-o", str(tmp_path / "out"), *flags.split()]) == 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("gqaprune: interrupted") and ("--resume goes on" in told) == kept
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**32)])
+def test_a_seed_that_no_training_takes(capsys, tmp_path, model, text, seed):
+    recovery = ["recover", model, "--data", text, "--seq-len", "32", "-o", tmp_path / "out", "--seed", seed]
+    assert f"seed={seed} must be a whole number from 0 to 4294967295" in refused(capsys, *recovery)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {model}\noutput: {tmp_path}/out\ncalibration: {{data: [{text}], samples: 8, seq_len: 32}}\n"
+        f"prune: {{ratio: 0.2}}\nrecover: {{data: [{text}], seq_len: 32}}\nevaluate: {{data: [demo], seq_len: 32}}\n"
+    )
+    assert f"seed={seed} must be" in refused(capsys, "run", recipe, "--set", f"seed={seed}")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.training").exists()
 
 
 def test_recipes_and_env(capsys, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 from hub_server import TOKEN, HubServer
-from huggingface_hub import create_repo
+from huggingface_hub import ModelCardData, create_repo
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_gqaprune import PrunedLlamaForCausalLM
+from hf_gqaprune.cli import main
 from hf_gqaprune.errors import UsageError, WorkError
 from hf_gqaprune.hub import bundle, push, verify
 from hf_gqaprune.model_cards.card import create_model_card
@@ -74,7 +76,7 @@ def checkpoint(pruned: PrunedLlamaForCausalLM, tokenizer: PreTrainedTokenizerFas
     folder = tmp_path / "mini-pruned"
     pruned.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    create_model_card(folder, base_model="acme/mini", license="apache-2.0")
+    create_model_card(folder, base_model="acme/mini", license="apache-2.0", name="acme/mini")
     return folder
 
 
@@ -92,8 +94,8 @@ def load_as_a_stranger(repo_id: str, model: Any, folder: Path) -> str:
 def test_what_was_pushed_loads_bit_equal_where_the_package_is_absent(
     hub: HubServer, checkpoint: Path, pruned: PrunedLlamaForCausalLM, tmp_path: Path
 ) -> None:
-    assert push(checkpoint, "acme/mini-pruned") == f"{hub.endpoint}/acme/mini-pruned"
-    out = load_as_a_stranger("acme/mini-pruned", pruned, tmp_path)
+    assert push(checkpoint, "acme/mini") == f"{hub.endpoint}/acme/mini"
+    out = load_as_a_stranger("acme/mini", pruned, tmp_path)
     assert "transformers_modules" in out and "PrunedLlamaForCausalLM" in out
 
 
@@ -153,10 +155,10 @@ def test_a_branch_is_created_and_leaves_main_alone(
 
 
 def test_private_is_kept_or_refused(hub: HubServer, checkpoint: Path) -> None:
-    create_repo("acme/open")
-    with pytest.raises(UsageError, match="acme/open exists and is public"):
-        push(checkpoint, "acme/open", private=True)
-    assert hub.files("acme/open").keys() == {".gitattributes"}
+    create_repo("acme/mini")
+    with pytest.raises(UsageError, match="acme/mini exists and is public"):
+        push(checkpoint, "acme/mini", private=True)
+    assert hub.files("acme/mini").keys() == {".gitattributes"}
 
 
 @pytest.mark.parametrize("status", [500, 0])
@@ -223,7 +225,7 @@ def test_a_checkpoint_without_card_or_weights_is_refused(checkpoint: Path) -> No
     ],
 )
 def test_llama_licenses_ask_for_a_name(checkpoint: Path, license: str, name: str, rule: str | None) -> None:
-    create_model_card(checkpoint, base_model="acme/mini", license=license, overwrite=True)
+    create_model_card(checkpoint, base_model="acme/mini", license=license, name=f"acme/{name}", overwrite=True)
     for file in ("LICENSE.txt", "USE_POLICY.md"):
         (checkpoint / file).write_text("terms")
     if rule is None:
@@ -234,7 +236,7 @@ def test_llama_licenses_ask_for_a_name(checkpoint: Path, license: str, name: str
 
 
 def test_llama_licenses_ask_for_files(hub: HubServer, checkpoint: Path) -> None:
-    create_model_card(checkpoint, base_model="acme/mini", license="llama3.1", overwrite=True)
+    create_model_card(checkpoint, base_model="acme/mini", license="llama3.1", name="acme/Llama-x", overwrite=True)
     with pytest.raises(
         UsageError, match=r"Llama 3\.1 Community License: the name 'x' .*; \S+ needs LICENSE, USE_POLICY "
     ):
@@ -243,7 +245,7 @@ def test_llama_licenses_ask_for_files(hub: HubServer, checkpoint: Path) -> None:
     with pytest.raises(UsageError, match="needs LICENSE, USE_POLICY, NOTICE "):
         push(checkpoint, "acme/Llama-x")
     assert not hub.requests
-    create_model_card(checkpoint, base_model="acme/mini", license="llama3.1", overwrite=True)
+    create_model_card(checkpoint, base_model="acme/mini", license="llama3.1", name="acme/Llama-x", overwrite=True)
     (checkpoint / "LICENSE").write_text("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT")
     (checkpoint / "USE_POLICY.md").write_text("policy")
     push(checkpoint, "acme/Llama-x")
@@ -263,6 +265,55 @@ def test_a_llama_license_is_found_where_the_card_does_not_name_it(checkpoint: Pa
     readme.write_text("---\nbase_model: meta-llama/Llama-3.1-8B\nlicense: unknown\n---\n")
     with pytest.raises(UsageError, match=r"the licence of meta-llama/Llama-3\.1-8B is not known"):
         push(checkpoint, "acme/mini", dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "repo_id", "wanted"),
+    [
+        (None, "acme/mini", "acme/mini"),
+        ("mini", "acme/mini", "acme/mini"),
+        ("acme/mini", "acme/other", "acme/other"),
+        ("acme/mini", "other", "ORG/other"),
+        ("mini", "mini", "ORG/mini"),
+    ],
+)
+def test_a_card_that_loads_from_elsewhere_is_refused_with_the_way_out(
+    hub: HubServer, checkpoint: Path, name: str | None, repo_id: str, wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create_model_card(checkpoint, base_model="acme/Tiny", license="mit", name=name, overwrite=True)
+    command = f"gqaprune card {checkpoint} --base-model acme/Tiny --name {wanted} --overwrite --license mit"
+    for flags in ([], ["--dry-run"]):
+        assert main(["push", str(checkpoint), repo_id, *flags]) == 2
+        said = f"README.md loads the model from '{name or 'mini-pruned'}', not from {repo_id}: run `{command}`\n"
+        assert capsys.readouterr().err.endswith(said)
+    assert not hub.requests
+    assert main(shlex.split(command)[1:]) == 0
+    assert push(checkpoint, repo_id, dry_run=True)
+    # a card written by hand may say what it likes
+    (checkpoint / "README.md").write_text('---\nlicense: mit\n---\nmodel = AutoModel.from_pretrained("their/own")\n')
+    assert push(checkpoint, repo_id, dry_run=True)
+
+
+def test_the_command_names_only_what_the_card_knows(checkpoint: Path, tmp_path: Path) -> None:
+    (base := tmp_path / "base").mkdir()
+    create_model_card(checkpoint, base_model=base, overwrite=True)
+    with pytest.raises(UsageError, match=r"--base-model ID --name acme/other --overwrite`$"):
+        push(checkpoint, "acme/other")
+    stated = {"license": "other", "license_name": "acme", "license_link": "https://acme.test/l"}
+    (base / "README.md").write_text(f"---\n{ModelCardData(**stated).to_yaml()}\n---\n")
+    create_model_card(checkpoint, base_model=base, overwrite=True)
+    with pytest.raises(UsageError, match=r"--base-model ID --name acme/other --overwrite`$"):
+        push(checkpoint, "acme/other")
+
+
+def test_a_tokenizer_that_the_card_loads_is_there(checkpoint: Path) -> None:
+    (checkpoint / "tokenizer.json").unlink()
+    problem = "README.md loads a tokenizer, and there is none: save it beside the weights"
+    assert verify(checkpoint) == [problem]
+    with pytest.raises(UsageError, match=f"is not a whole checkpoint: {problem}"):
+        push(checkpoint, "acme/mini", dry_run=True)
+    (checkpoint / "README.md").write_text("---\nlicense: mit\n---\nThe tokenizer is that of acme/base.\n")
+    assert verify(checkpoint) == []
 
 
 def test_local_paths_are_not_published(hub: HubServer, checkpoint: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,21 @@ def test_the_whole_way_and_back(capsys, tmp_path, recipe):
     assert identity.fingerprint(out / "recovered") == before
     report = json.loads((out / "recovered" / "report.json").read_text())
     assert {stage["perplexity"]["test"]["seq_len"] for stage in report["stages"]} == {64}
+
+
+def test_what_a_run_says_of_publishing_works(capsys, tmp_path, recipe):
+    assert main(["run", str(recipe), "--set", "prune.criterion=magnitude", "--set", "prune.compensation=none"]) == 0
+    commands = re.findall(r"`(gqaprune [^`]+)`", capsys.readouterr().out)
+    rename, send = ([word.replace("ORG/NAME", "acme/Tiny") for word in shlex.split(line)[1:]] for line in commands)
+    assert main([*send, "--dry-run"]) == 2
+    assert "loads the model from 'Tiny-Llama-pruned', not from acme/Tiny: run `gqaprune card" in capsys.readouterr().err
+    assert main(rename) == 0 and main([*send, "--dry-run"]) == 0
+    assert "license: apache-2.0" in (tmp_path / "out" / "pruned" / "README.md").read_text()
+    capsys.readouterr()
+    # a recipe that names the repository needs no second card
+    assert main(["run", str(recipe), "--overwrite", "--set", "card.name=acme/Tiny"]) == 0
+    (send,) = re.findall(r"`gqaprune ([^`]+)`", capsys.readouterr().out)
+    assert send.endswith(" acme/Tiny") and main([*send.split(), "--dry-run"]) == 0
 
 
 def test_one_seed_is_one_result(capsys, tmp_path, recipe):

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from .sft import RecoveryTrainer
     from .train import Steps
 
-#: in the recovered checkpoint; a model card shows the picture
-LOG_FILE, CURVE_FILE = "training_log.json", "training.png"
+#: in the recovered checkpoint, beside the log; a model card shows it
+CURVE_FILE = "training.png"
 LOG_VERSION = 1
 
 

@@ -11,7 +11,7 @@ import torch
 
 from .. import identity
 from ..errors import UsageError
-from ..files import new_folder, refuse_existing, write_json
+from ..files import new_folder, refuse_existing, refuse_lost, write_json
 from .models import load_config, load_model, local_folder, stored_dtype
 from .quiet import quiet
 
@@ -48,11 +48,12 @@ def merge(adapter: str | Path, output: str | Path, *, base: str | Path | None = 
 
     Raises:
         UsageError: no adapter there, no base, a base with other weights than the adapter was trained on, or an
-            `output` that exists.
+            `output` that exists, or holds adapter or base.
     """
     target = refuse_existing(output, overwrite)
     adapter = Path(adapter)
     folder = base_of(adapter, base)
+    refuse_lost(target, [adapter, folder])
     with quiet(), new_folder(target, overwrite) as scratch:
         write_checkpoint(merged(adapter, folder), folder, scratch)
     return target

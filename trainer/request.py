@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from ..errors import UsageError, unknown
-from ..files import refuse_existing
+from ..files import refuse_existing, refuse_lost
+from ..inputs import text_paths
 from .checkpoints import lock
 from .models import check_trackers, check_weights, load_config, local_folder, quantization
 from .presets import PRESET_DATA, Settings, resolve
@@ -24,6 +25,8 @@ _SEQ_LEN = 2048
 _ROWS, _MOST_TOKENS = 16, 16384
 #: learning rate times hidden size: what a weight may change by in one step of Adam shrinks with the width it sums over
 _RATE = {"lora": 1.0, "full": 0.2}
+#: of numpy, which transformers seeds too
+_LARGEST_SEED = 2**32 - 1
 #: fields that may differ between an interrupted run and the one that resumes it
 _FREE = ("overwrite", "resume")
 
@@ -82,6 +85,8 @@ def make_request(
 ) -> Request:
     """Check everything that can be checked without reading the training text. Raises [`UsageError`] as `recover`."""
     settings = _resolved(preset, changes, teacher is not None)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _LARGEST_SEED:
+        raise UsageError(f"seed={seed!r} must be a whole number from 0 to {_LARGEST_SEED}")
     sources = tuple([data] if isinstance(data, str) else data) or PRESET_DATA.get(preset, ())
     if not sources:
         raise UsageError("no training text was named: pass --data NAME_OR_FILE")
@@ -101,7 +106,7 @@ def make_request(
             )
     quantization(settings)
     check_trackers(settings)
-    return Request(
+    request = Request(
         model=str(model),
         data=sources,
         output=str(output),
@@ -117,6 +122,10 @@ def make_request(
         overwrite=overwrite,
         resume=resume,
     )
+    models = [folder] if teacher is None else [folder, local_folder(teacher)]
+    for replaced in (request.output, request.work):
+        refuse_lost(replaced, [*models, *text_paths((*sources, *evaluation))])
+    return request
 
 
 def request_from_yaml(text: str) -> Request:

@@ -18,11 +18,12 @@ from safetensors import SafetensorError
 from .. import identity
 from ..errors import UsageError, WorkError
 from ..files import new_folder, write_json, write_text
+from ..provenance import LOG_FILE
 from . import checkpoints
 from .blockwise import EPOCHS, reconstruct
 from .data import TrainingData, load_data
 from .distill import Teacher
-from .log import CURVE_FILE, LOG_FILE, draw, training_log
+from .log import CURVE_FILE, draw, training_log
 from .merge import ADAPTER, merged, write_adapter_identity, write_checkpoint
 from .models import (
     autocast_bf16,

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WorkError as error:
         return _fail(error, 1, debug)
     except KeyboardInterrupt as error:
-        return _fail(error, 1, debug, "interrupted; what was finished is kept")
+        return _fail(error, 1, debug, str(error) or "interrupted")
     except Exception as error:
         return _fail(error, 1, debug, f"{type(error).__name__}: {error} (--debug shows where)")
     return 0
@@ -95,7 +95,18 @@ def _run(line: list[str]) -> None:
     if verb is None:
         parser.print_help()
         return
-    args.function(args)
+    try:
+        args.function(args)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"interrupted{_rest(verb, args)}") from error
+
+
+def _rest(verb: str, args: argparse.Namespace) -> str:
+    """What the user can do after an interruption, where anything is kept."""
+    replayed = verb == "prune" and args.plan and args.compensation == "none"
+    if verb in ("run", "recover") or (verb in ("plan", "prune") and (args.memory or replayed)):
+        return "; the same command with --resume goes on after the last stage, layer or checkpoint that was finished"
+    return ""
 
 
 def _fail(error: BaseException, code: int, debug: bool, message: str | None = None) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import NoReturn
 
+from ..allocation import ALLOCATION_NAMES
 from ..configuration import builtin
 from ..errors import UsageError
+from ..importance import CRITERIA, DEFAULT
 from ..trainer.presets import settings_help
 
 
@@ -135,7 +138,10 @@ def merge(parser: argparse.ArgumentParser) -> None:
 def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="DIR", help="checkpoints, measured on the same tokens")
     _data(parser, "text to measure on")
-    parser.add_argument("--seq-len", type=count, metavar="N", help="window: BOS and N-1 tokens of text")
+    parser.add_argument(
+        "--seq-len", type=count, metavar="N",
+        help="window: BOS and N-1 tokens of text (default: 2048, or what the checkpoint with the fewest positions has)",
+    )  # fmt: skip
     parser.add_argument("--stride", type=count, metavar="N", help="text tokens between windows (default: seq_len-1)")
     parser.add_argument("--max-chars", type=count, metavar="N", help="only the first N characters of each text")
     parser.add_argument("--drop-tail", action="store_true", help="leave out the last, shorter window")
@@ -143,6 +149,11 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--include-path", metavar="DIR", help="folder of your own lm-eval task files")
     parser.add_argument("--limit", type=count, metavar="N", help="only N examples of each task")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--report", action="store_true",
+        help="of DENSE PRUNED [RECOVERED]: write report.json and report.png, which a card shows, into the last",
+    )  # fmt: skip
+    _overwrite(parser)
     _device(parser)
 
 
@@ -150,7 +161,7 @@ def card(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="a checkpoint with prune_plan.json and report.json")
     parser.add_argument("--base-model", required=True, metavar="ID", help="Hub id of the dense model")
     parser.add_argument("--license", metavar="L", help="licence (default: the base model's)")
-    parser.add_argument("--name", metavar="NAME", help="title of the card")
+    parser.add_argument("--name", metavar="ORG/NAME", help="where it will be on the Hub (default: the folder's name)")
     _overwrite(parser)
 
 
@@ -206,11 +217,10 @@ def _budget(group: argparse._ArgumentGroup, *, saved_plan: bool = False) -> None
 
 
 def _choices(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--criterion", metavar="C", help="how units are ranked (default: curvature)")
+    group.add_argument("--criterion", metavar="C", help=f"how units are ranked: {_listed(CRITERIA, DEFAULT)}")
     group.add_argument(
-        "--allocation", metavar="A",
-        help="how the budget is split over layers: global (default), search, uniform, layer_importance, per_layer",
-    )  # fmt: skip
+        "--allocation", metavar="A", help=f"how the budget is split over layers: {_listed(ALLOCATION_NAMES, 'global')}"
+    )
     group.add_argument(
         "--temperature", type=float, metavar="T",
         help="layer_importance: from 0.01, the least important layers bear it all, over 1 (default) to all alike",
@@ -222,15 +232,19 @@ def _choices(group: argparse._ArgumentGroup) -> None:
     floors = {"--min-kv-heads": "KV groups", "--min-ffn": "FFN channels"}
     for flag, unit in floors.items():
         group.add_argument(
-            flag, type=whole, default=1, metavar="N", help=f"{unit} that every block keeps; 0 lets blocks go (default: 1)"
+            flag, type=whole, metavar="N", help=f"{unit} that every block keeps; 0 lets blocks go (default: 1)"
         )
     group.add_argument(
-        "--keep-layers", type=layers, default=(), metavar="I,I,...",
+        "--keep-layers", type=layers, metavar="I,I,...",
         help="layers that stay untouched, counted from 0, or from the end: --keep-layers=-1,0",
     )  # fmt: skip
     group.add_argument(
         "--round-to", type=count, metavar="N", help="make FFN widths multiples of N; the ratio is then met to half of that"
     )
+
+
+def _listed(names: Iterable[str], default: str) -> str:
+    return ", ".join(f"{name} (default)" if name == default else name for name in names)
 
 
 def _bound(group: argparse._ArgumentGroup) -> None:
@@ -256,7 +270,7 @@ def _calibration(group: argparse._ArgumentGroup) -> None:
         "--calibration", nargs="+", action="extend", metavar="NAME_OR_FILE",
         help="text to measure on: wikitext2 (default), ptb, demo, a text file, or a dataset id",
     )  # fmt: skip
-    group.add_argument("--samples", type=count, default=128, metavar="N", help="windows in all (default: %(default)s)")
+    group.add_argument("--samples", type=count, metavar="N", help="windows in all (default: 128)")
     group.add_argument("--seq-len", type=count, metavar="N", help="tokens per window (default: 2048, or what the model has)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the windows and of ties (default: %(default)s)")
     group.add_argument("--statistics", metavar="DIR", help="saved statistics instead of a calibration pass")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError, unknown
-from ..files import refuse_existing, write_text
+from ..files import refuse_existing, refuse_lost, write_text
 
 if TYPE_CHECKING:
     from ..preparation import PruneRequest
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
 def run(args: argparse.Namespace) -> None:
     """Everything a recipe says."""
     from .. import pipeline
-    from ..recipe import Recipe
+    from ..recipe import Recipe, builtin_names
 
     recipe = Recipe.load(args.recipe, args.set)
+    if not args.resume and args.recipe not in builtin_names():
+        refuse_lost(recipe.output, [args.recipe])
     print(pipeline.run(recipe, resume=args.resume, overwrite=args.overwrite))
 
 
@@ -81,43 +84,56 @@ def merge(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Perplexities and tasks of one or several checkpoints."""
-    from ..devices import choose, within
-    from ..evaluation import evaluate_perplexity, evaluate_tasks, task_manager, window
+    """Perplexities and tasks of one or several checkpoints, and the report that compares them."""
+    from ..devices import choose
+    from ..evaluation import task_manager
+    from ..measuring import REPORT, Measurement, compared, measure, write_report
     from ..text import load_text
-    from ..trainer.models import check_weights, load_config, load_to_run, load_tokenizer, local_folder
+    from ..trainer.models import local_folder
 
-    device = choose(args.device)
+    choose(args.device)
     tasks = args.tasks.split(",") if args.tasks else []
     if not args.data and not tasks:
         raise UsageError("nothing to evaluate: pass --data NAME_OR_FILE or --tasks T")
-    texts = [load_text(name, split="test", max_chars=args.max_chars) for name in args.data]
+    if args.overwrite and not args.report:
+        raise UsageError("--overwrite is for the report: add --report, or leave it out")
+    texts = tuple(load_text(name, split="test") for name in args.data)
     folders = {name: local_folder(name) for name in args.models}
-    for folder in folders.values():
-        window(load_config(folder), args.seq_len, args.stride)
-        check_weights(folder)
+    stages = compared(folders, texts, args.overwrite) if args.report else {}
     if tasks:
         task_manager(tasks, args.include_path)
-    found: dict[str, dict[str, object]] = {}
-    for name, folder in folders.items():
-        with within(device, "--device cpu uses no GPU"):
-            model, tokenizer = load_to_run(folder, args.device), load_tokenizer(folder)
-            results = [
-                evaluate_perplexity(
-                    model, tokenizer, text, seq_len=args.seq_len, stride=args.stride, drop_tail=args.drop_tail
-                )
-                for text in texts
-            ]
-            options: dict[str, Any] = {"include_path": args.include_path, "limit": args.limit}
-            measured = evaluate_tasks(model, tokenizer, tasks, **options) if tasks else {}
-            del model  # two of them may be too much for a GPU
-        found[name] = {"perplexity": [result.to_dict() for result in results], "tasks": measured}
+    what = Measurement(
+        texts=texts,
+        seq_len=args.seq_len,
+        stride=args.stride,
+        drop_tail=args.drop_tail,
+        max_chars=args.max_chars,
+        tasks=tuple(tasks),
+        include_path=args.include_path,
+        limit=args.limit,
+        device=args.device,
+    )
+    found = {}
+    for name, measured in measure(folders, what, "--device cpu uses no GPU"):
+        found[name] = measured
         if not args.json:
-            lines = [str(result) for result in results]
-            lines += [f"{task} {metric}: {value:.4f}" for task, ms in measured.items() for metric, value in ms.items()]
+            told = measured.tasks or {}
+            lines = [str(result) for result in measured.perplexity]
+            lines += [f"{task} {metric}: {value:.4f}" for task, ms in told.items() for metric, value in ms.items()]
             print("\n  ".join([name, *lines]), flush=True)
     if args.json:
-        print(json.dumps(found, indent=2))
+        plain = {
+            name: {"perplexity": [result.to_dict() for result in measured.perplexity], "tasks": measured.tasks or {}}
+            for name, measured in found.items()
+        }
+        print(json.dumps(plain, indent=2))
+    if stages:
+        dense, last = args.models[0], folders[args.models[-1]]
+        # the name, not where somebody keeps it
+        model = Path(dense).resolve().name if Path(dense).exists() else dense
+        report = write_report(model, stages, found.values(), last)
+        if not args.json:
+            print(f"\n{report.table()}\n\nwritten to {last / REPORT}")
 
 
 def card(args: argparse.Namespace) -> None:
@@ -164,30 +180,39 @@ def env(args: argparse.Namespace) -> None:
         print(f"{name:16} {value}")
 
 
+#: what `make_plan` is told, and what a calibration pass is; None where a flag was not given
+_CHOICES = (
+    "criterion", "allocation", "temperature", "attention_share", "min_kv_heads", "min_ffn", "keep_layers", "round_to",
+)  # fmt: skip
+_PASS = ("calibration", "samples", "seq_len", "save_statistics")
+
+
 def _prune_request(args: argparse.Namespace) -> PruneRequest:
     from ..preparation import PruneRequest
 
-    return PruneRequest(
-        model=args.model,
-        ratio=args.ratio,
-        backbone_ratio=args.backbone_ratio,
-        criterion=args.criterion,
-        allocation=args.allocation or ("per_layer" if args.rates else "global"),
-        temperature=args.temperature,
-        attention_share=args.attention_share,
-        rates=args.rates,
-        min_kv_heads=args.min_kv_heads,
-        min_ffn=args.min_ffn,
-        keep_layers=args.keep_layers,
-        round_to=args.round_to,
-        compensation=args.compensation,
-        calibration=tuple(args.calibration or ()),
-        samples=args.samples,
-        seq_len=args.seq_len,
-        seed=args.seed,
-        statistics=args.statistics,
-        save_statistics=args.save_statistics and str(refuse_existing(Path(args.save_statistics), False)),
-        plan=getattr(args, "plan", None),
-        memory=args.memory,
-        device=args.device,
-    )
+    if plan := getattr(args, "plan", None):
+        _refuse_unused(args, _CHOICES, "a saved plan says what goes")
+    if args.statistics and not _windowless(args):
+        _refuse_unused(args, _PASS, "saved statistics need no calibration pass")
+    if args.save_statistics:
+        refuse_existing(args.save_statistics, False)
+    # the others have the defaults of the request
+    names = (*_CHOICES, *_PASS, "ratio", "backbone_ratio", "rates", "compensation", "statistics", "memory", "device")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.rates:
+        given.setdefault("allocation", "per_layer")
+    return PruneRequest(model=args.model, seed=args.seed, plan=plan, **given)
+
+
+def _refuse_unused(args: argparse.Namespace, names: Iterable[str], reason: str) -> None:
+    """Raise [`UsageError`] where one of the flags `names` was given, which would change nothing."""
+    for name in names:
+        if getattr(args, name) is not None:
+            raise UsageError(f"{reason}: leave --{name.replace('_', '-')} out")
+
+
+def _windowless(args: argparse.Namespace) -> bool:
+    """Whether text is read beside saved statistics: by an allocation that measures, where they have no windows."""
+    from ..statistics import Statistics
+
+    return args.allocation in ("layer_importance", "search") and Statistics.load(args.statistics).calibration is None
