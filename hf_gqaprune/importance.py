@@ -52,12 +52,12 @@ class Block:
         """Input columns of the output projection per unit, int64 `(n_units, width)`."""
         return self.units[self.output][1]
 
-    def per_unit(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Sum `values`, tensors shaped like the weights, over every unit: float64 `(n_units,)`."""
+    def per_unit(self, value: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """Sum over every unit what `value` gives for each weight's name, in the weight's shape: float64 `(n_units,)`."""
         total = torch.zeros(len(self.columns), dtype=torch.float64)
-        for name, value in values.items():
+        for name in self.weights:
             dim, index = self.units[name]
-            total += value.double().sum(1 - dim).cpu()[index].sum(1)
+            total += value(name).double().sum(1 - dim).cpu()[index].sum(1)
         return total
 
 
@@ -104,12 +104,12 @@ def random(block: Block) -> Curve:
 
 def magnitude(block: Block) -> Curve:
     """Squared L2 norm of a unit's weights (Han et al. 2015, arXiv:1506.02626; Li et al. 2017, arXiv:1608.08710)."""
-    return Curve.from_scores(block.per_unit({name: w.float().square() for name, w in block.weights.items()}))
+    return Curve.from_scores(block.per_unit(lambda name: block.weights[name].float().square()))
 
 
 def magnitude_l1(block: Block) -> Curve:
     """L1 norm of a unit's weights (Li et al. 2017, arXiv:1608.08710)."""
-    return Curve.from_scores(block.per_unit({name: w.float().abs() for name, w in block.weights.items()}))
+    return Curve.from_scores(block.per_unit(lambda name: block.weights[name].float().abs()))
 
 
 def taylor(block: Block) -> Curve:
@@ -117,7 +117,7 @@ def taylor(block: Block) -> Curve:
 
     The element-wise importance of LLM-Pruner (Ma et al. 2023, arXiv:2305.11627, eq. 3 without its second-order part).
     """
-    return Curve.from_scores(block.per_unit({n: (w.float() * block.gradients[n]).abs() for n, w in block.weights.items()}))
+    return Curve.from_scores(block.per_unit(lambda name: (block.weights[name].float() * block.gradients[name]).abs()))
 
 
 def taylor_unit(block: Block) -> Curve:
@@ -125,7 +125,7 @@ def taylor_unit(block: Block) -> Curve:
 
     The vector-wise importance of LLM-Pruner (Ma et al. 2023, arXiv:2305.11627).
     """
-    return Curve.from_scores(block.per_unit({n: w.float() * block.gradients[n] for n, w in block.weights.items()}).abs())
+    return Curve.from_scores(block.per_unit(lambda name: block.weights[name].float() * block.gradients[name]).abs())
 
 
 def taylor_signed(block: Block) -> Curve:
@@ -133,7 +133,7 @@ def taylor_signed(block: Block) -> Curve:
 
     Scores are shifted per block so that the least is zero: only differences rank, and costs stay increasing.
     """
-    scores = -block.per_unit({n: w.float() * block.gradients[n] for n, w in block.weights.items()})
+    scores = -block.per_unit(lambda name: block.weights[name].float() * block.gradients[name])
     return Curve.from_scores(scores - scores.min())
 
 

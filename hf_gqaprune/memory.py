@@ -113,8 +113,8 @@ class Work:
         d, attention, ffn = self.shape.hidden_size, layer.query_heads * layer.head_dim, layer.ffn
         weights = self._weights(layer)
         if not self.windows:
-            # three matrices in float32, one of them in float64
-            return weights + 20 * self._largest(layer) // self.itemsize
+            # one matrix in float32 and in float64
+            return weights + 12 * self._largest(layer) // self.itemsize
         sums = 4 * (attention**2 + ffn**2)
         if rule.output_gradients:
             sums += 2 * 4 * d**2

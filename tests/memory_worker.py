@@ -26,8 +26,19 @@ def main() -> None:
     from test_memory import LAYER
 
     units = trace_units((LAYER,))[0].units("mlp")
-    sizes = {"mlp.gate_proj": (FFN, HIDDEN), "mlp.up_proj": (FFN, HIDDEN), "mlp.down_proj": (HIDDEN, FFN)}
-    block = Block(0, "mlp", {name: torch.ones(size, dtype=torch.bfloat16) for name, size in sizes.items()}, units)
+    small, block = (
+        Block(
+            0,
+            "mlp",
+            {
+                "mlp.gate_proj": torch.ones(FFN, hidden, dtype=torch.bfloat16),
+                "mlp.up_proj": torch.ones(FFN, hidden, dtype=torch.bfloat16),
+                "mlp.down_proj": torch.ones(hidden, FFN, dtype=torch.bfloat16),
+            },
+            units,
+        )
+        for hidden in (8, HIDDEN)
+    )
     weight, columns = torch.ones(WIDE, WIDE, dtype=torch.bfloat16), torch.arange(WIDE).view(GROUPS, -1)
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 
@@ -36,12 +47,13 @@ def main() -> None:
         remove_within(inverse, weighted_gram(weight[:n, :n], torch.eye(n)), columns)
 
     # what libraries allocate once
+    CRITERIA["magnitude"].curve(small)
     remove(64, torch.arange(64).view(4, -1))
     token_windows(tokenizer, Text("text", "file", TEXT[:1000]), 32)
     found = {
+        "tokenizing": peak_of(lambda: token_windows(tokenizer, Text("text", "file", TEXT), 32)),
         "norms": peak_of(lambda: CRITERIA["magnitude"].curve(block)),
         "removal": peak_of(lambda: remove(WIDE, columns)),
-        "tokenizing": peak_of(lambda: token_windows(tokenizer, Text("text", "file", TEXT), 32)),
     }
     print(json.dumps(found))
 

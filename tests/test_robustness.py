@@ -213,16 +213,13 @@ def test_pruning_names_a_weight_that_was_finite_when_it_was_measured(compensatio
 
 
 @pytest.mark.parametrize("compensation", ["least_squares", "natural_gradient"])
-@pytest.mark.parametrize("projection", ["up_proj", "down_proj"])
-def test_activations_that_overflow_while_pruning_are_named(
-    compensation: str, projection: str
-) -> None:
-    """Inputs of down_proj, or only its outputs, are infinite in a model that was measured when they were not."""
+def test_activations_that_overflow_while_pruning_are_named(compensation: str) -> None:
+    """Inputs of down_proj are infinite in a model that was measured when they were not."""
     model = tiny_llama(layers=3)
     statistics = collect_statistics(model, Calibration.from_ids(IDS))
     plan = make_plan(statistics, backbone_ratio=0.3)
     with torch.no_grad():
-        model.model.layers[1].mlp.get_submodule(projection).weight.fill_(3e38)
+        model.model.layers[1].mlp.up_proj.weight.fill_(3e38)
     with pytest.raises(WorkError, match="layer 1 mlp: activations overflow while it is re-fitted"):
         prune(model, plan, statistics, compensation=compensation)
 
