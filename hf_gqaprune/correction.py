@@ -212,7 +212,7 @@ def _measure(fitted: Predictions, pruned: Any, seed: int, taps: list[_Tap]) -> N
     """One pass of the pruned model over the fitted windows; it goes back once, the first time twice."""
     from tqdm.auto import tqdm
 
-    device = pruned.get_input_embeddings().weight.device
+    device = fitted.head.weight.device
     generator = torch.Generator(device).manual_seed(seed + ranks.index())
     with ExitStack() as stack:
         stack.enter_context(frozen(pruned))
@@ -223,7 +223,7 @@ def _measure(fitted: Predictions, pruned: Any, seed: int, taps: list[_Tap]) -> N
         for ids, log_probs in bar:
             wanted = log_probs.exp()
             embeds = pruned.get_input_embeddings()(ids).detach().requires_grad_(True)
-            given = pruned(inputs_embeds=embeds, use_cache=False).logits.float().log_softmax(-1)
+            given = pruned(inputs_embeds=embeds, use_cache=False).logits.to(device).float().log_softmax(-1)
             for tap in taps:
                 tap.drawn = False
             # the entropy of the dense model has no gradient
@@ -243,7 +243,7 @@ def _divergence(held_out: Predictions, pruned: Any) -> float:
     """KL(dense || pruned) in nats per token, over the windows of all processes."""
     total = 0.0
     for ids, wanted in held_out:
-        given = pruned(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        given = pruned(input_ids=ids, use_cache=False).logits.to(wanted.device).float().log_softmax(-1)
         total += float((wanted.exp() * (wanted - given)).sum(dtype=torch.float64))
     total = ranks.added_up(total, pruned.get_input_embeddings().weight)
     if total != total:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -108,6 +109,13 @@ class Surroundings:
         self.config = config
         self.positions = torch.arange(seq_len, device=device)[None]
         self.rope = rotary(torch.empty(0, dtype=dtype, device=device), self.positions)
+
+    def to(self, device: torch.device) -> Surroundings:
+        """The same on another device."""
+        moved = copy.copy(self)
+        moved.positions = self.positions.to(device)
+        moved.rope = tuple(part.to(device) for part in self.rope)
+        return moved
 
     def mask(self, hidden: torch.Tensor, config: Any = None) -> torch.Tensor | None:
         """The causal mask for `hidden`, or None where attention needs none."""

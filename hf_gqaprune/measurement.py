@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from . import ranks
 from .calibration import Calibration, split_batches
-from .devices import CPU
+from .devices import CPU, check_held
 from .errors import UsageError, WorkError, unknown
 from .factors import add_gram_, mirror_
 from .importance import CRITERIA, Block, Criterion
@@ -82,6 +82,7 @@ def collect_statistics(
                     taps[index, kind] = Tap(index, kind, layers[index], slices[index])
         if calibration is not None and (rule.calibrated or moments):
             check_tokens(calibration, source)
+            check_held(model)
             for tap in taps.values():
                 tap.attach(stack, rule.moments or moments, rule.output_gradients, rule.weight_gradients)
             backward = rule.output_gradients or rule.weight_gradients

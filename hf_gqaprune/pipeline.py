@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import identity, ranks
-from .devices import release, within
+from .devices import AUTO, CPU, release, within
 from .errors import UsageError, WorkError
 from .files import new_folder, refuse_existing, refuse_lost, write_json, write_text
 from .inputs import text_paths
@@ -73,6 +73,15 @@ def decide(prepared: Prepared, model: PreTrainedModel) -> tuple[PruningPlan, Sta
     return make_plan(statistics, model=looked_at, layer_scores=scores, **request.demand()), statistics
 
 
+def _loaded(prepared: Prepared) -> PreTrainedModel:
+    """The model with its weights, where the request wants it."""
+    from .trainer.models import load_model
+
+    if prepared.request.device == AUTO and prepared.device != CPU:
+        return load_model(prepared.folder, device_map="auto")
+    return load_model(prepared.folder, device=prepared.device)
+
+
 def plan_model(
     request: PruneRequest, output: str | Path, *, overwrite: bool = False, resume: bool = False
 ) -> PruningPlan:
@@ -98,9 +107,9 @@ def plan_model(
             plan = make_plan(statistics, **request.demand())
             plan.save(target)
         return plan
-    model = load_for_planning(prepared.folder, weights=weights)
     with within(prepared.device, _WAY_OUT):
-        plan = decide(prepared, model.to(prepared.device) if weights else model)[0]
+        model = _loaded(prepared) if weights else load_for_planning(prepared.folder, weights=False)
+        plan = decide(prepared, model)[0]
     if ranks.index() == 0:
         plan.save(target)
     return plan
@@ -122,7 +131,6 @@ def prune_model(
     from .plan import PruningPlan
     from .surgery import prune
     from .trainer.merge import write_checkpoint
-    from .trainer.models import load_model
 
     refuse_existing(output, overwrite)
     if resume and not request.streamed:
@@ -137,7 +145,7 @@ def prune_model(
         note(output, prepared)
         return plan
     with within(prepared.device, _WAY_OUT):
-        model = load_model(prepared.folder, device=prepared.device)
+        model = _loaded(prepared)
         plan, statistics = decide(prepared, model)
         pruned = prune(model, plan, statistics, compensation=request.fitting, inplace=True)
     if ranks.index() == 0:

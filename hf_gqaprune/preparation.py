@@ -29,7 +29,7 @@ class PruneRequest:
         compensation: None: `natural_gradient`, or with `memory` the best that needs no whole model, `least_squares`.
         memory: bound on the memory of the GPU that is used, or else of the process, such as `8GiB`; the model is then read
             layer by layer.
-        device: `cpu`, `cuda` or `cuda:N`; None: the first GPU, or the CPU where there is none.
+        device: `cpu`, `cuda` or `cuda:N`; None: the first GPU, or the CPU where there is none; `auto`: over all GPUs.
     """
 
     model: str
@@ -180,6 +180,11 @@ def _seq_len(request: PruneRequest, config: Any) -> int:
 def _device(request: PruneRequest) -> torch.device:
     """Where this process computes; [`UsageError`] for no such device, and for several processes at the work of one."""
     given = ranks.join()
+    if request.device == devices.AUTO and request.streamed:
+        raise UsageError(
+            "--device auto lays a whole model over all GPUs; --memory, and a saved plan without compensation, take one: "
+            "leave --device out"
+        )
     if given is None:
         return devices.choose(request.device)
     if request.streamed:

@@ -130,6 +130,7 @@ def refit_on_pruned_prefix(model: Any, pruned: Any, calibration: Calibration) ->
     dense_layers, pruned_layers = model.get_decoder().layers, pruned.get_decoder().layers
     pairs = list(zip(dense_layers, pruned_layers, strict=True))
     for index, (dense_layer, layer) in enumerate(tqdm(pairs, desc="re-fitting", unit="layer", disable=None, leave=False)):
+        walk.go_to(next(dense_layer.parameters()).device)
         for kind in _BLOCKS:
             differs = walk.block(index, kind, dense_layer, layer, differs)
 
@@ -163,6 +164,15 @@ class Walk:
         self.surroundings, self.keep = surroundings, keep
         self.configs = (surroundings.config, config)
         self.where = ""
+
+    def go_to(self, device: torch.device) -> None:
+        """Move streams that are in memory to the device of the layers that come."""
+        if self.surroundings.positions.device == device:
+            return
+        self.surroundings = self.surroundings.to(device)
+        both_are_one = self.dense is self.pruned
+        self.dense = [hidden.to(device) for hidden in self.dense]
+        self.pruned = self.dense if both_are_one else [hidden.to(device) for hidden in self.pruned]
 
     @torch.no_grad()
     def block(self, index: int, kind: str, dense_layer: Any, layer: Any, differs: bool) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .correction import natural_gradient_steps
+from .devices import check_held, spread
 from .errors import UsageError, unknown
 from .factors import cholesky_, solve_
 from .measurement import check_outer_weights, check_weights
@@ -53,8 +54,8 @@ def prune(
             afterwards. Otherwise `model` stays untouched and shares no memory with the result.
 
     Returns:
-        The pruned model in eval mode, on the devices of `model`, with `prune_plan` set (composed with the plan that
-        `model` itself was pruned by, if any).
+        The pruned model in eval mode, on the device of `model`, or over those that a `device_map` put it on, with
+        `prune_plan` set (composed with the plan that `model` itself was pruned by, if any).
 
     Raises:
         UsageError: a plan for a model of other sizes; statistics that are missing, without moments or of another model.
@@ -62,6 +63,7 @@ def prune(
     """
     plan.check_model(model.config)
     check_compensation(compensation, plan, statistics)
+    check_held(model)
     inner: Any = model.get_decoder()
     check_weights(dict(enumerate(inner.layers)))
     check_outer_weights(model)
@@ -249,6 +251,7 @@ def assemble(
     pruned.generation_config = model.generation_config
     for parameter in pruned.parameters():
         parameter.requires_grad_(True)
+    spread(pruned, getattr(model, "hf_device_map", {}))
     return pruned.eval()
 
 

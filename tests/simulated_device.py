@@ -150,6 +150,35 @@ def compare(folder: Path) -> None:
         plan = gp.make_plan(gp.collect_statistics(model, windows), backbone_ratio=0.3)
         for (name, found), (_, wanted) in zip(everything(SIM), everything(CPU), strict=True):
             close(name, found, wanted)
+        for name, found, wanted in over_two_devices(dense, windows, plan):
+            close(f"{name} over two devices", found, wanted)
+
+
+def over_two_devices(dense: Path, windows: Any, plan: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What is measured and pruned of a model whose last layers lie on the device, and of one on the CPU."""
+    import hf_gqaprune as gp
+    from hf_gqaprune.devices import spread
+    from hf_gqaprune.trainer.models import load_model
+
+    whole, parted = load_model(dense), load_model(dense)
+    layers = [f"model.layers.{index}" for index in range(len(parted.model.layers))]
+    first = ["model.embed_tokens", "model.rotary_emb", *layers[: len(layers) // 2]]
+    last = [*layers[len(layers) // 2 :], "model.norm", "lm_head"]
+    for name in last:
+        parted.get_submodule(name).to(SIM)
+    # as `device_map` does it
+    spread(parted, {**dict.fromkeys(first, "cpu"), **dict.fromkeys(last, "sim:0")})
+    for criterion in ("curvature", "taylor"):
+        measurements = [gp.collect_statistics(model, windows, criterion=criterion) for model in (parted, whole)]
+        yield criterion, measured(measurements[0]), measured(measurements[1])
+    statistics = gp.collect_statistics(whole, windows)
+    for compensation in ("least_squares", "natural_gradient"):
+        pruned = [gp.prune(model, plan, statistics, compensation=compensation) for model in (parted, whole)]
+        yield compensation, weights(pruned[0]), weights(pruned[1])
+    places = {name: parameter.device for name, parameter in parted.named_parameters()}
+    assert {name: parameter.device for name, parameter in pruned[0].named_parameters()} == places
+    ids = windows.ids[:2]
+    yield "logits", {"logits": pruned[0](ids).logits.detach()}, {"logits": pruned[1](ids).logits.detach()}
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:

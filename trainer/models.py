@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..devices import CPU, choose
+from ..devices import AUTO, CPU, choose
 from ..errors import UsageError, unknown
 from ..shards import Checkpoint
 from .presets import Settings
@@ -101,9 +101,10 @@ def load_model(
 
 
 def load_to_run(folder: Path, device: str | None) -> PreTrainedModel:
-    """The causal LM in `folder` on the device called so; None: over all GPUs, and on the CPU what they do not hold."""
+    """The causal LM in `folder` on the device called so; None, `auto`: over all GPUs, and on the CPU what they do not hold."""
     place = choose(device)
-    return load_model(folder, device_map="auto") if device is None and place != CPU else load_model(folder, device=place)
+    over_all = device in (None, AUTO) and place != CPU
+    return load_model(folder, device_map="auto") if over_all else load_model(folder, device=place)
 
 
 def stored_dtype(config: PreTrainedConfig) -> torch.dtype:

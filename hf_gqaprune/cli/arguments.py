@@ -262,7 +262,7 @@ def _bound(group: argparse._ArgumentGroup) -> None:
 
 
 def _device(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: the first GPU if there is one)")
+    group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:N, or auto: all GPUs (default: the first, if any)")
 
 
 def _calibration(group: argparse._ArgumentGroup) -> None:
