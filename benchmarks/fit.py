@@ -35,7 +35,7 @@ from hf_gqaprune.importance import CRITERIA
 from hf_gqaprune.memory import Work
 from hf_gqaprune.plan import ModelShape
 from hf_gqaprune.report import versions
-from hf_gqaprune.streamed_statistics import _room
+from hf_gqaprune.streamed_statistics import room
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
@@ -79,7 +79,7 @@ def needs(shape: str, windows: int, seq_len: int) -> dict[str, Any]:
         "tokens": windows * seq_len,
         "memory": work.peak(),
         "memory_without_refit": replace(work, refitted=False).peak(),
-        "disk": _room(sizes, torch.bfloat16, calibration, rule),
+        "disk": room(sizes, torch.bfloat16, calibration, rule),
     }
 
 

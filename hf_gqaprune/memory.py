@@ -162,6 +162,21 @@ def check_bound(work: Work, memory: str) -> None:
     raise UsageError(f"--memory {memory} is too little: {stage} needs {_gib(needed)} in all: {', or '.join(ways)}")
 
 
+def check_gpu(shape: ModelShape, itemsize: int, measured: Criterion | None, total: int) -> None:
+    """Raise [`UsageError`] where a GPU of `total` bytes cannot even hold a whole model and the sums of all its layers."""
+    sums = 0
+    if measured is not None:
+        squares = [(layer.query_heads * layer.head_dim) ** 2 + layer.ffn**2 for layer in shape.layers]
+        gradients = 2 * shape.hidden_size**2 if measured.output_gradients else 0
+        sums = 4 * sum(square + gradients for square in squares)
+    least = shape.cost.parameters * itemsize + sums
+    if least > total:
+        raise UsageError(
+            f"in memory this model takes more than {_gib(least)}, and the GPU has {total / 2**30:.2f}GiB: --memory SIZE "
+            "(prune.memory in a recipe) reads it layer by layer, --device auto takes all GPUs"
+        )
+
+
 def _most(found: dict[str, int], name: str, size: int) -> None:
     found[name] = max(size, found.get(name, 0))
 

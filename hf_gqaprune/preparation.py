@@ -6,12 +6,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from . import devices, ranks
 from .errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    import torch
-
     from .calibration import Calibration
     from .plan import PruningPlan
     from .statistics import Statistics
@@ -104,7 +104,7 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
     from .calibration import draw, drawing, texts_of
     from .importance import CRITERIA, DEFAULT
     from .layerwise import Layers
-    from .memory import Work, check_bound
+    from .memory import Work, check_bound, check_gpu
     from .plan import ModelShape, PruningPlan
     from .planner import Demand, check_budget
     from .statistics import Statistics
@@ -151,14 +151,17 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
         samples, seq_len = request.samples, _seq_len(request, config)
         tokenizer = load_tokenizer(folder)
         texts = texts_of(request.calibration or ("wikitext2",))
+    now = CRITERIA[criterion if plan is None else FOR_REFITTING]
+    rule = now if statistics is None and (plan is None or refit) else None
+    if layers is not None and not request.streamed and device.type == "cuda" and request.device != devices.AUTO:
+        check_gpu(shape, layers.dtype.itemsize, rule, torch.cuda.get_device_properties(device).total_memory)
     if request.memory is not None and layers is not None:
-        rule = CRITERIA[criterion if plan is None else FOR_REFITTING]
         work = Work(
             shape,
             layers.dtype.itemsize,
             samples,
             seq_len,
-            rule if statistics is None and (plan is None or refit) else None,
+            rule,
             refitted=refit,
             stored=layers.stored_itemsize,
             text=drawing(tokenizer, texts) if drawn else 0,

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from hf_gqaprune.cli import main
 from hf_gqaprune.errors import UsageError
 from hf_gqaprune.importance import CRITERIA
-from hf_gqaprune.memory import PROCESS, Work, parse_size
+from hf_gqaprune.memory import PROCESS, Work, check_gpu, parse_size
 from hf_gqaprune.plan import LayerShape, ModelShape
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it counts: one two three four five. " * 60
@@ -354,6 +354,17 @@ def llama_3_8b(**changes: Any) -> Work:
     shape = ModelShape(4096, 128256, False, False, False, "bfloat16", (LayerShape(32, 8, 14336, 128),) * 32)
     given = {"windows": 1, "seq_len": 2048, "measured": CRITERIA["curvature"], "refitted": True}
     return Work(shape, 2, **(given | changes))
+
+
+def test_a_gpu_that_cannot_hold_model_and_sums_is_told() -> None:
+    shape, sums = llama_3_8b().shape, 32 * 4 * (4096**2 + 14336**2)
+    weights = 2 * 8_030_261_248
+    for rule, taken in (
+        (CRITERIA["curvature"], weights + sums + 32 * 8 * 4096**2), (CRITERIA["wanda"], weights + sums), (None, weights)
+    ):  # fmt: skip
+        check_gpu(shape, 2, rule, taken)
+        with pytest.raises(UsageError, match=r"takes more than \d+\.\d\dGiB, and the GPU has .*GiB: --memory SIZE"):
+            check_gpu(shape, 2, rule, taken - 1)
 
 
 def test_the_estimate_for_llama_3_8b() -> None:
