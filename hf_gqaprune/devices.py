@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import re
 from collections.abc import Iterator, Mapping
@@ -80,6 +81,13 @@ def spread(model: Any, places: Mapping[str, int | str | torch.device]) -> None:
     # hidden states go from device to device, and the result back to where the input was
     attach_align_device_hook_on_blocks(model, devices | {"": next(iter(devices.values()))}, dict.fromkeys(devices, False))
     model.hf_device_map = dict(places)
+
+
+def trim() -> None:
+    """Give back to the system what was freed among what is in use; the C library, glibc for one, keeps it otherwise."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def release() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .calibration import split_batches
-from .devices import CPU
+from .devices import CPU, trim
 from .errors import UsageError
 from .files import save_tensors
 from .measurement import check_finite
@@ -77,6 +77,8 @@ class Layers:
     def layer(self, index: int) -> Iterator[Any]:
         """The decoder layer `index` with its weights, in eval mode, no parameter with a gradient."""
         layer: Any = self._skeleton.get_decoder().layers[index]
+        # the layer before would leave the heap a little larger
+        trim()
         # old checkpoints hold more, such as the frequencies of the position embeddings
         state = {name: self.tensor(layer_prefix(index) + name) for name in layer.state_dict()}
         with placed(layer, state):
