@@ -99,8 +99,8 @@ def _remove_columns(p: torch.Tensor, a: torch.Tensor) -> tuple[list[int], list[f
     steps: list[float] = []
     while n:
         block = min(_LAZY, n)
-        panel = p.new_empty(block, 2, n)
-        picked, costs = _pick(p[:n, :n], a[:n, :n], panel)
+        s, r = panels = p.new_empty(2, block, n)
+        picked, costs = _pick(p[:n, :n], a[:n, :n], s, r)
         steps += costs
         order += left[picked].tolist()
         n -= block
@@ -108,43 +108,44 @@ def _remove_columns(p: torch.Tensor, a: torch.Tensor) -> tuple[list[int], list[f
         tail = sorted(set(range(n, n + block)) - set(picked))
         for matrix in (p, a):
             _move(matrix, holes, tail, n)
-        panel[:, :, holes] = panel[:, :, tail]
+        panels[:, :, holes] = panels[:, :, tail]
         left[holes] = left[tail]
-        panel = panel[:, :, :n]
-        _subtract(p, panel[:, 0], panel[:, 0], n)
-        _subtract(a, panel.flatten(0, 1), panel.flip(1).flatten(0, 1), n)
+        s, r = panels[:, :, :n]
+        _subtract(p, s, s, n)
+        _subtract(a, torch.cat((s, r)), torch.cat((r, s)), n)
     return order, steps
 
 
-def _pick(p: torch.Tensor, a: torch.Tensor, panel: torch.Tensor) -> tuple[list[int], list[float]]:
-    """The next columns to go and the cost of each; the rows that bring P and A up to date go into `panel`.
+def _pick(p: torch.Tensor, a: torch.Tensor, s: torch.Tensor, r: torch.Tensor) -> tuple[list[int], list[float]]:
+    """The next columns to go and the cost of each; the rows that bring P and A up to date go into `s` and `r`.
 
     With S = P_uu^-1/2 P_u: and R = P_uu^-1/2 C the updates are P <- P - S^T S and A <- A - S^T R - R^T S.
 
     Args:
         p: `(n, n)`, left as it is, like `a`.
-        panel: `(removals, 2, n)`, filled removal by removal, with S and R.
+        s: `(removals, n)`, filled row by row, like `r`.
     """
-    p_rows, a_rows, rows, pairs = map(_array, (p, a, panel, panel.flatten(1)))
-    # of P, and half of that of A
-    diagonals = _array(torch.stack((p.diagonal(), a.diagonal() / 2)))
+    p_rows, a_rows, s_rows, r_rows = map(_array, (p, a, s, r))
+    p_diagonal, a_half = _array(p.diagonal().clone()), _array(a.diagonal() / 2)
     picked: list[int] = []
     costs: list[float] = []
-    for k, (row, pair) in enumerate(zip(rows, pairs, strict=True)):
-        ratios = diagonals[1] / diagonals[0]
+    for k, (s_row, r_row) in enumerate(zip(s_rows, r_rows, strict=True)):
+        ratios = a_half / p_diagonal
         u = int(ratios.argmin())
-        half_cost, scale = float(ratios[u]), float(diagonals[0, u]) ** -0.5
+        half_cost, scale = float(ratios[u]), float(p_diagonal[u]) ** -0.5
         end = (u // _STRIP + 1) * _STRIP
-        for part, matrix in zip(row, (p_rows, a_rows), strict=True):
-            part[:end] = matrix[u, :end]
-            part[end:] = matrix[end:, u]
-        s_u, r_u = rows[:k, 0, u], rows[:k, 1, u]
-        pair -= s_u @ pairs[:k]
-        row[1] -= r_u @ rows[:k, 0]
-        row *= scale
-        row[1] -= half_cost * row[0]
-        diagonals -= row * row[0]
-        diagonals[0, u], diagonals[1, u] = 1.0, float("inf")
+        for row, matrix in ((s_row, p_rows), (r_row, a_rows)):
+            row[:end] = matrix[u, :end]
+            row[end:] = matrix[end:, u]
+        s_u, r_u = s_rows[:k, u], r_rows[:k, u]
+        s_row -= s_u @ s_rows[:k]
+        r_row -= r_u @ s_rows[:k] + s_u @ r_rows[:k]
+        s_row *= scale
+        r_row *= scale
+        r_row -= half_cost * s_row
+        p_diagonal -= s_row * s_row
+        a_half -= s_row * r_row
+        p_diagonal[u], a_half[u] = 1.0, float("inf")
         picked.append(u)
         costs.append(2 * half_cost)
     return picked, costs
