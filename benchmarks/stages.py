@@ -69,7 +69,7 @@ def in_memory(checkpoint: Path, tokens: int, seq_len: int, backbone_ratio: float
     with _timed(seconds, "bare passes"), measurement.frozen(model):
         measurement._run(model, windows, backward=True)
     with _timed(seconds, "bare products"):
-        _products(shape, windows)
+        _products(shape, windows, model.dtype)
     seconds["bare products"] *= len(shape.layers)
     forget_peak()
     with _curves(seconds), _timed(seconds, "statistics"):
@@ -90,14 +90,14 @@ def in_memory(checkpoint: Path, tokens: int, seq_len: int, backbone_ratio: float
     }
 
 
-def _products(shape: ModelShape, windows: gp.Calibration) -> None:
+def _products(shape: ModelShape, windows: gp.Calibration, dtype: torch.dtype) -> None:
     """The second moments of one layer: of the inputs of both output projections and of the gradients at their outputs."""
     layer, d = shape.layers[0], shape.hidden_size
     widths = (layer.query_heads * layer.head_dim, layer.ffn, d, d)
     sums = [torch.zeros(width, width) for width in widths]
     for batch in split_batches(windows.ids, shape.vocab_size):
         for total, width in zip(sums, widths, strict=True):
-            add_gram_(total, torch.ones(batch.numel(), width))
+            add_gram_(total, torch.ones(batch.numel(), width, dtype=dtype))
 
 
 @contextmanager
