@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from .devices import within
 from .files import check_room, refuse_existing, refuse_lost, size_on_disk, write_json
-from .memory import parse_size
+from .memory import moments_room, parse_size
 from .plan import ModelShape
 from .preparation import Prepared
 from .unfinished import PROGRESS, begin, drop, refuse_unfinished, working_folder
@@ -91,7 +91,7 @@ def _check_room(prepared: Prepared, target: Path) -> None:
     from .layerwise import Layers
     from .planner import Demand
     from .streamed_refit import streams_room
-    from .streamed_statistics import moments_room, room
+    from .streamed_statistics import room
     from .trainer.models import load_config
 
     request, measured_now = prepared.request, prepared.statistics is None

@@ -162,13 +162,15 @@ def check_bound(work: Work, memory: str) -> None:
     raise UsageError(f"--memory {memory} is too little: {stage} needs {_gib(needed)} in all: {', or '.join(ways)}")
 
 
+def moments_room(source: ModelShape, rule: Criterion) -> list[int]:
+    """Bytes on the disk of each layer's moments: float32, half of each square."""
+    gradients = 4 * source.hidden_size**2 if rule.output_gradients else 0
+    return [2 * ((s.query_heads * s.head_dim) ** 2 + s.ffn**2) + gradients for s in source.layers]
+
+
 def check_gpu(shape: ModelShape, itemsize: int, measured: Criterion | None, total: int) -> None:
     """Raise [`UsageError`] where a GPU of `total` bytes cannot even hold a whole model and the sums of all its layers."""
-    sums = 0
-    if measured is not None:
-        squares = [(layer.query_heads * layer.head_dim) ** 2 + layer.ffn**2 for layer in shape.layers]
-        gradients = 2 * shape.hidden_size**2 if measured.output_gradients else 0
-        sums = 4 * sum(square + gradients for square in squares)
+    sums = 0 if measured is None else 2 * sum(moments_room(shape, measured))
     least = shape.cost.parameters * itemsize + sums
     if least > total:
         raise UsageError(

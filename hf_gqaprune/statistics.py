@@ -135,15 +135,15 @@ class Statistics:
         found = {}
         for kind, name in OUTPUT_PROJECTION.items():
             block = self.blocks.get((layer, kind))
-            moments = block.moments if block is not None else None
-            if block is None or moments is None:
+            if block is None or not block.has_moments:
                 continue
             if block.weight not in (None, weight_digest(weights[f"{name}.weight"])):
                 raise UsageError(
                     f"the statistics were collected on other weights than the model's, first in layer {layer}, {name} (or on "
                     "the same in another dtype): collect them again"
                 )
-            found[kind] = moments
+            if (moments := block.moments) is not None:
+                found[kind] = moments
         return found
 
     def identity(self) -> tuple[object, ...]:

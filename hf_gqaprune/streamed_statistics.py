@@ -23,6 +23,7 @@ from .files import check_room, put_in_place, refuse_existing, refuse_lost, write
 from .importance import CRITERIA, Criterion
 from .layerwise import Layers, Spill
 from .measurement import Tap, check_tokens, check_weights, loss_gradient
+from .memory import moments_room
 from .plan import ModelShape
 from .shards import Checkpoint
 from .statistics import KINDS, BlockStatistics, Statistics, block_file, save_block
@@ -101,6 +102,8 @@ def stream_statistics(
         for layer, kind in blocks:
             path = block_file(working, layer, kind)
             os.rename(path, whole / path.name)
+        # another may have come by now
+        refuse_existing(target, overwrite)
         put_in_place(whole, target)
         drop(working)
     except (OSError, WorkError) as error:
@@ -119,12 +122,6 @@ def room(source: ModelShape, dtype: torch.dtype, calibration: Calibration | None
     # going back, every layer's moments take the place of its activations
     most = stream * (len(source.layers) + 2) + max(moments) if backward else 0
     return max(most, sum(moments) + (3 if backward else 2) * stream)
-
-
-def moments_room(source: ModelShape, rule: Criterion) -> list[int]:
-    """Bytes on the disk of each layer's moments: float32, half of each square."""
-    gradients = 4 * source.hidden_size**2 if rule.output_gradients else 0
-    return [2 * ((s.query_heads * s.head_dim) ** 2 + s.ffn**2) + gradients for s in source.layers]
 
 
 def made_from(

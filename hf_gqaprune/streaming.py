@@ -117,6 +117,8 @@ def prune_checkpoint(
         _write_around(pruned, folder, whole, checkpoint, writer)
         for name in writer.files:
             os.rename(working / name, whole / name)
+        # another may have come by now
+        refuse_existing(target, overwrite)
         put_in_place(whole, target)
         drop(working)
     except (OSError, WorkError) as error:

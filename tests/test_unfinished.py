@@ -123,6 +123,27 @@ def test_what_was_to_be_replaced_comes_back(tmp_path: Path, monkeypatch: pytest.
     assert contents(tmp_path) == {"old/config.json": b"new"}
 
 
+def test_an_output_that_came_meanwhile_is_not_replaced(
+    place: Path, measured: tuple[PruningPlan, Statistics], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, _ = measured
+    prune_checkpoint(place / "dense", plan, place / "whole")
+    real = ShardWriter.sync
+
+    def sync(self: ShardWriter) -> None:
+        real(self)
+        (place / "out").mkdir()
+        (place / "out" / "config.json").write_text("of another call")
+
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match="out exists already"):
+        patch.setattr(ShardWriter, "sync", sync)
+        prune_checkpoint(place / "dense", plan, place / "out")
+    assert contents(place / "out") == {"config.json": b"of another call"}
+    shutil.rmtree(place / "out")
+    prune_checkpoint(place / "dense", plan, place / "out", resume=True)
+    assert contents(place / "out") == contents(place / "whole")
+
+
 def test_leftovers_that_were_half_removed_are_not_gone_on_with(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stream_statistics(place / "dense", windows(2), place / "expected")
     real = _Pass._back
