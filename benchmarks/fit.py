@@ -57,7 +57,7 @@ def measure(shape: str, layers: int, tokens: int, seq_len: int, folder: Path | N
         made = Path(name)
         make_checkpoint(shape, made / "dense", layers=layers)
         (made / "scratch").mkdir()
-        found = in_a_process("streamed", made / "dense", made / "scratch", tokens, seq_len)
+        found = in_a_process("streamed", made / "dense", made / "scratch", tokens, seq_len, "cpu", "80GiB")
     return {stage: values["seconds"] for stage, values in found["stages"].items()} | {"all": found["seconds"]}
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py llama-3.2-1b -o RESULTS.json [--folder DISK] [--repeat 3]
     python benchmarks/scale.py llama-3-8b --measure streamed --layers 2 --tokens 2048 -o RESULTS.json
+    python benchmarks/scale.py llama-3-8b --measure streamed --tokens 262144 --device cuda --memory 37GiB -o RESULTS.json
     python benchmarks/scale.py llama-3.2-1b --measure killed --layers 4 --tokens 2048 -o RESULTS.json
     python benchmarks/scale.py llama-3.2-1b --measure in-memory --tokens 32768 -o RESULTS.json
 
@@ -34,6 +35,7 @@ import stages
 from shapes import SHAPES, forget, make_checkpoint, peak_rss, proc
 
 import hf_gqaprune as gp
+from hf_gqaprune.devices import choose
 from hf_gqaprune.files import write_json
 from hf_gqaprune.report import versions
 
@@ -74,15 +76,15 @@ def _child(what: str, *arguments: object) -> list[str]:
     return [sys.executable, __file__, "--child", what, *map(str, arguments)]
 
 
-def killed(folder: Path, tokens: int, seq_len: int) -> dict[str, Any]:
+def killed(folder: Path, *work: object) -> dict[str, Any]:
     """`streamed` in one go, and killed at a half of the statistics and of the re-fit: seconds, and which files differ."""
     once, again = folder / "once", folder / "again"
     for scratch in (once, again):
         scratch.mkdir()
-    whole = in_a_process("streamed", folder / "dense", once, tokens, seq_len)
+    whole = in_a_process("streamed", folder / "dense", once, *work)
     seconds = 0.0
     for stage in ("statistics", "prune"):
-        process = subprocess.Popen(_child("streamed", folder / "dense", again, tokens, seq_len), stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(_child("streamed", folder / "dense", again, *work), stdout=subprocess.DEVNULL)
         begun = time.perf_counter()
         while process.poll() is None and not (again / _UNFINISHED[stage]).exists():
             time.sleep(0.01)
@@ -93,11 +95,11 @@ def killed(folder: Path, tokens: int, seq_len: int) -> dict[str, Any]:
         if process.wait() != -signal.SIGKILL:
             raise RuntimeError(f"it ended by itself before it was killed: {stage} took less than half as long")
         seconds += time.perf_counter() - begun
-    last = in_a_process("streamed", folder / "dense", again, tokens, seq_len)
+    last = in_a_process("streamed", folder / "dense", again, *work)
     names = sorted(str(path.relative_to(once)) for path in once.rglob("*") if path.is_file())
     _, differing, missing = filecmp.cmpfiles(once, again, names, shallow=False)
     return {
-        "tokens": tokens,
+        "tokens": whole["tokens"],
         "layers": whole["layers"],
         "seconds": {"in one go": whole["seconds"], "killed twice": seconds + last["seconds"]},
         "files": len(names),
@@ -125,10 +127,10 @@ def replayed(checkpoint: str, plan: str, output: str) -> dict[str, Any]:
 
 CHILDREN = {
     "replay": replayed,
-    "streamed": lambda checkpoint, scratch, tokens, seq_len: stages.streamed(
-        Path(checkpoint), Path(scratch), int(tokens), int(seq_len), BACKBONE_RATIO
+    "streamed": lambda checkpoint, scratch, tokens, seq_len, device, memory: stages.streamed(
+        Path(checkpoint), Path(scratch), int(tokens), int(seq_len), BACKBONE_RATIO, choose(device), memory
     ),
-    "in-memory": lambda checkpoint, scratch, tokens, seq_len: stages.in_memory(
+    "in-memory": lambda checkpoint, scratch, tokens, seq_len, device, memory: stages.in_memory(
         Path(checkpoint), int(tokens), int(seq_len), BACKBONE_RATIO
     ),
 }
@@ -170,7 +172,9 @@ def show(found: dict[str, Any]) -> None:
     print(f"  estimated      {found['estimated'] / 2**30:9.2f} GiB")
     for name, stage in found["stages"].items():
         moved = f"{stage['bytes_read'] / 1e9:.2f} GB read, {stage['bytes_written'] / 1e9:.2f} GB written"
-        print(f"  {name:14} {stage['seconds']:9.1f} s, peak RSS {stage['peak_rss'] / 2**30:.2f} GiB, {moved}")
+        gpu = f"GPU {stage['gpu_taken'] / 2**30:.2f} ({stage['gpu_kept'] / 2**30:.2f}) GiB, " if "gpu_taken" in stage else ""
+        print(f"  {name:14} {stage['seconds']:9.1f} s, {gpu}peak RSS {stage['peak_rss'] / 2**30:.2f} GiB, {moved}")
+    print(f"  the process    {found['process_seconds']:9.1f} s")
 
 
 def main() -> None:
@@ -184,7 +188,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="of calibration, at least one window")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens per window")
     parser.add_argument("--repeat", type=int, default=3, help="rounds of replay; medians are printed")
+    parser.add_argument("--device", default="cpu", help="of streamed and killed")
+    parser.add_argument("--memory", default="80GiB", help="of a GPU that may be taken")
     args = parser.parse_args()
+    work = (args.tokens, args.seq_len, args.device, args.memory)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         make_checkpoint(args.shape, folder / "dense", layers=args.layers)
@@ -192,10 +199,12 @@ def main() -> None:
             found = replay(folder, args.repeat)
         else:
             if args.measure == "killed":
-                found = killed(folder, args.tokens, args.seq_len)
+                found = killed(folder, *work)
             else:
                 (folder / "scratch").mkdir()
-                found = in_a_process(args.measure, folder / "dense", folder / "scratch", args.tokens, args.seq_len)
+                start = time.perf_counter()
+                found = in_a_process(args.measure, folder / "dense", folder / "scratch", *work)
+                found["process_seconds"] = time.perf_counter() - start
             show(found)
     write_json(args.output, {"shape": args.shape, "measure": args.measure, **found, "versions": versions()})
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hf_gqaprune.devices import choose
 from hf_gqaprune.files import write_json
 from hf_gqaprune.shard_writer import ShardWriter
 from hf_gqaprune.shards import INDEX
@@ -40,7 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def make_checkpoint(shape: str, folder: Path, max_shard_size: str = "5GB", layers: int | None = None) -> None:
     """Write a Llama of the sizes `SHAPES[shape]`, or of fewer layers, with normal random bfloat16 weights.
 
-    One 64 MiB block is in memory at a time.
+    One 64 MiB block is in memory at a time. A GPU, where there is one, draws others than the CPU.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -50,7 +51,7 @@ def make_checkpoint(shape: str, folder: Path, max_shard_size: str = "5GB", layer
     model.tie_weights()
     tensors = {name: t for name, t in model.state_dict().items() if name not in model.all_tied_weights_keys}
     folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(choose(None)).manual_seed(0)
     with ShardWriter(folder, tensors, max_shard_size, model.num_parameters()) as writer:
         for name, tensor in tensors.items():
             writer.write(name, _random(tensor.numel(), generator))
@@ -94,4 +95,5 @@ def forget_peak() -> None:
 def _random(elements: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
     step = _BLOCK // 2
     for first in range(0, elements, step):
-        yield torch.empty(min(step, elements - first), dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+        piece = torch.empty(min(step, elements - first), dtype=torch.bfloat16, device=generator.device)
+        yield piece.normal_(0, 0.02, generator=generator).cpu()

@@ -14,43 +14,65 @@ from shapes import forget, forget_peak, peak_rss, proc, random_windows
 import hf_gqaprune as gp
 from hf_gqaprune import measurement
 from hf_gqaprune.calibration import split_batches
+from hf_gqaprune.devices import within
 from hf_gqaprune.factors import add_gram_
 from hf_gqaprune.importance import CRITERIA
-from hf_gqaprune.memory import Work
+from hf_gqaprune.memory import Work, check_bound, parse_size
 from hf_gqaprune.plan import ModelShape
 from hf_gqaprune.trainer.models import load_config, load_model
 
 Figures = dict[str, Any]
 
 
-def streamed(checkpoint: Path, scratch: Path, tokens: int, seq_len: int, backbone_ratio: float) -> Figures:
+def streamed(
+    checkpoint: Path, scratch: Path, tokens: int, seq_len: int, backbone_ratio: float, device: torch.device, memory: str
+) -> Figures:
     """Statistics, plan and least-squares pruning of a checkpoint, layer by layer, in this process.
 
     What a process that was killed left in `scratch` is gone on with.
 
+    Args:
+        memory: a bound on the GPU's, as `--memory` takes it; not looked at on the CPU.
+
     Returns:
-        Per stage seconds, peak RSS, bytes read and written; the estimate that `--memory` goes by.
+        Per stage seconds, peak RSS, bytes read and written, on a GPU the memory that was taken and kept there; the estimate
+        that `--memory` goes by.
     """
     shape = ModelShape.from_config(load_config(checkpoint))
     windows = gp.Calibration.from_ids(random_windows(shape.vocab_size, tokens, seq_len))
-    work = Work(shape, 2, *windows.ids.shape, CRITERIA["curvature"], refitted=True)
-    stages: Figures = {}
-    with _measured(stages, "statistics", checkpoint):
-        found = scratch / "statistics"
-        done = found.exists()
-        statistics = gp.Statistics.load(found) if done else gp.stream_statistics(checkpoint, windows, found, resume=True)
-    with _measured(stages, "plan", checkpoint):
-        plan = gp.make_plan(statistics, backbone_ratio=backbone_ratio)
-    with _measured(stages, "prune", checkpoint):
-        gp.prune_checkpoint(checkpoint, plan, scratch / "pruned", statistics, compensation="least_squares", resume=True)
+    gpu = device.type == "cuda"
+    work = Work(shape, 2, *windows.ids.shape, CRITERIA["curvature"], refitted=True, gpu=gpu)
+    # as `bounded` does it
+    place: Figures = {"device": device, "spare": check_bound(work, memory) // 2 if gpu else 0}
+    with within(device, "more --memory", parse_size(memory) if gpu else None):
+        stages = _streamed(checkpoint, scratch, windows, backbone_ratio, place)
     return {
         "tokens": windows.tokens,
         "layers": len(shape.layers),
         "seconds": sum(stage["seconds"] for stage in stages.values()),
         "peak_rss": max(stage["peak_rss"] for stage in stages.values()),
         "estimated": work.peak()[1],
+        "device": torch.cuda.get_device_name(device) if gpu else "cpu",
+        "memory": memory if gpu else None,
         "stages": stages,
     }
+
+
+def _streamed(checkpoint: Path, scratch: Path, windows: gp.Calibration, backbone_ratio: float, place: Figures) -> Figures:
+    stages: Figures = {}
+    with _measured(stages, "statistics", checkpoint):
+        found = scratch / "statistics"
+        done = found.exists()
+        statistics = (
+            gp.Statistics.load(found) if done else gp.stream_statistics(checkpoint, windows, found, resume=True, **place)
+        )
+    with _measured(stages, "plan", checkpoint):
+        plan = gp.make_plan(statistics, backbone_ratio=backbone_ratio)
+    with _measured(stages, "prune", checkpoint):
+        gp.prune_checkpoint(
+            checkpoint, plan, scratch / "pruned", statistics, compensation="least_squares", resume=True, **place
+        )
+    return stages
 
 
 def in_memory(checkpoint: Path, tokens: int, seq_len: int, backbone_ratio: float) -> Figures:
@@ -104,11 +126,17 @@ def _products(shape: ModelShape, windows: gp.Calibration, dtype: torch.dtype) ->
 def _measured(stages: Figures, name: str, checkpoint: Path) -> Iterator[None]:
     forget(checkpoint)
     forget_peak()
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
     before, start = proc("io"), time.perf_counter()
     yield
     after = proc("io")
+    gpu = torch.cuda.is_initialized()
+    if gpu:
+        torch.cuda.synchronize()
     stages[name] = {
         "seconds": time.perf_counter() - start,
+        **({"gpu_taken": torch.cuda.max_memory_allocated(), "gpu_kept": torch.cuda.max_memory_reserved()} if gpu else {}),
         "peak_rss": peak_rss(),
         "bytes_read": after["rchar"] - before["rchar"],
         "bytes_written": after["wchar"] - before["wchar"],

@@ -77,7 +77,7 @@ def prune_bounded(prepared: Prepared, output: str | Path, *, overwrite: bool, re
         with _bounded(prepared):
             prune_checkpoint(
                 prepared.folder, plan, target, moments,
-                compensation=compensation, overwrite=overwrite, resume=resume, device=prepared.device,
+                compensation=compensation, overwrite=overwrite, resume=resume, device=prepared.device, spare=_spare(prepared),
             )  # fmt: skip
     return plan
 
@@ -90,6 +90,7 @@ def _check_room(prepared: Prepared, target: Path) -> None:
     from .importance import CRITERIA
     from .layerwise import Layers
     from .planner import Demand
+    from .spill import holds
     from .streamed_refit import streams_room
     from .streamed_statistics import room
     from .trainer.models import load_config
@@ -104,9 +105,10 @@ def _check_room(prepared: Prepared, target: Path) -> None:
         left -= round(Demand(**request.demand()).budget(source).parameters)
     windows = prepared.calibration if measured_now else prepared.statistics and prepared.statistics.calibration
     refitted = windows is not None and request.fitting == "least_squares"
-    streams = streams_room(windows.tokens, source.hidden_size, dtype) if windows and refitted else 0
+    held = holds(prepared.device, _spare(prepared))
+    streams = streams_room(windows.tokens, source.hidden_size, dtype, held) if windows and refitted else 0
     moments = sum(moments_room(source, rule)) if measured_now and windows else 0
-    most = max(room(source, dtype, prepared.calibration, rule), moments + left * dtype.itemsize + streams)
+    most = max(room(source, dtype, prepared.calibration, rule, held), moments + left * dtype.itemsize + streams)
     most -= size_on_disk(working_folder(target))
     check_room(_measured_folder(target), most, "statistics, activations and the pruned weights")
 
@@ -141,5 +143,11 @@ def _stream(prepared: Prepared, working: Path, *, overwrite: bool, resume: bool)
     # what `begin` let through was begun with the same inputs
     with _bounded(prepared):
         return stream_statistics(
-            folder, prepared.calibration, done, criterion=prepared.measured, seed=seed, resume=True, device=device
-        )
+            folder, prepared.calibration, done,
+            criterion=prepared.measured, seed=seed, resume=True, device=device, spare=_spare(prepared),
+        )  # fmt: skip
+
+
+def _spare(prepared: Prepared) -> int:
+    """What activations may take of a GPU's memory: half of what is left, since an allocator keeps more than is in use."""
+    return prepared.spare // 2

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from . import device_curvature
 from .factors import fill_, invert_
 
 #: removals between two matrix-matrix updates
@@ -55,7 +56,10 @@ def remove_within(
         permutation = columns[:, 0]
         if not torch.equal(permutation, torch.arange(len(gram))):
             inverse, gram = (fill_(matrix)[permutation][:, permutation] for matrix in (inverse, gram))
-        order, steps = _remove_columns(inverse, gram)
+        if inverse.device.type == "cpu":
+            order, steps = _remove_columns(inverse, gram)
+        else:
+            order, steps = device_curvature.remove_columns(fill_(inverse), fill_(gram))
     return torch.tensor(order), torch.tensor(steps, dtype=gram.dtype).clamp(min=0).cumsum(0)
 
 
@@ -152,8 +156,8 @@ def _pick(p: torch.Tensor, a: torch.Tensor, s: torch.Tensor, r: torch.Tensor) ->
 
 
 def _array(tensor: torch.Tensor) -> Any:
-    """The same memory as numpy sees it, where it can: there an operation on a short vector costs a fraction of torch's."""
-    return tensor.numpy() if tensor.device.type == "cpu" else tensor
+    """The same memory as numpy sees it: there an operation on a short vector costs a fraction of torch's."""
+    return tensor.numpy()
 
 
 def _move(matrix: torch.Tensor, holes: list[int], tail: list[int], n: int) -> None:

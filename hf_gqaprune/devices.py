@@ -5,15 +5,18 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from .errors import UsageError, WorkError
 
+T = TypeVar("T")
 CPU = torch.device("cpu")
 #: all GPUs, each with some of the layers
 AUTO = "auto"
@@ -81,6 +84,81 @@ def spread(model: Any, places: Mapping[str, int | str | torch.device]) -> None:
     # hidden states go from device to device, and the result back to where the input was
     attach_align_device_hook_on_blocks(model, devices | {"": next(iter(devices.values()))}, dict.fromkeys(devices, False))
     model.hf_device_map = dict(places)
+
+
+class Aside:
+    """A thread that works for the one that computes on a device, with a stream of its own there; a context manager.
+
+    What fails is raised where its result is asked for, and nothing that was given after it is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._device, self._thread = device, ThreadPoolExecutor(1)
+        self._failed: BaseException | None = None
+
+    def __enter__(self) -> Aside:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._thread.shutdown()
+
+    def submit(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Let the thread do `work` after what it was given before, once the device has computed its `arguments`."""
+        ready = None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
+        return self._thread.submit(self._do, ready, work, arguments)
+
+    def take_over(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Keep memory of `tensors` that the thread made from others until what is computed with it now is done."""
+        if self._stream is not None:
+            for tensor in tensors:
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+
+    def _do(self, ready: Any, work: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+        if self._failed is not None:
+            raise self._failed
+        try:
+            return self._done(ready, work, arguments)
+        except BaseException as error:
+            self._failed = error
+            raise
+
+    def _done(self, ready: Any, work: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+        if self._stream is None:
+            return work(*arguments)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            found = work(*arguments)
+        self._stream.synchronize()
+        return found
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in the host's memory, or the tensor if it is there; of a GPU's in pages that are kept for the next one."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on a device, or the tensor if it is there; to a GPU through kept pages, without waiting."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    return pinned.to(device, non_blocking=True)
+
+
+def host_memory() -> tuple[int, int]:
+    """Bytes of memory that this process could have, a container's limit counted, and that are not taken."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    total, available = memory.total, memory.available
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdecimal():
+        total = min(total, int(text))
+        available = min(available, total - psutil.Process().memory_info().rss)
+    return total, available
 
 
 def trim() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.linalg import solve_triangular
 
+_HALVES = (torch.bfloat16, torch.float16)
 #: rows and columns that are factored, inverted or solved with at once
 _BLOCK = 2048
 #: rows of a second moment that are multiplied at once
@@ -132,7 +133,7 @@ def exact_products(*dtypes: torch.dtype) -> Iterator[None]:
     backends: Any = torch.backends
     cuda, cpu = backends.cuda.matmul, backends.mkldnn.matmul
     before = cuda.fp32_precision, cpu.fp32_precision
-    if all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes):
+    if all(dtype in _HALVES for dtype in dtypes):
         cuda.fp32_precision = "tf32"
     if all(dtype == torch.bfloat16 for dtype in dtypes):
         cpu.fp32_precision = "bf16"
@@ -152,10 +153,25 @@ def gram_strips(x: torch.Tensor) -> Iterator[tuple[slice, slice]]:
 
 def add_gram_(total: torch.Tensor, x: torch.Tensor) -> None:
     """total <- total + x^T x, but for the upper triangle, in the dtype of `total`; `(n, n)` and `(tokens, n)`."""
-    wide = x.to(total.dtype)
+    wide = factors_of_products(x) if total.dtype == torch.float32 else x.to(total.dtype)
     with exact_products(x.dtype):
         for rows, columns in gram_strips(wide):
-            total[rows, columns].addmm_(wide[:, rows].T, wide[:, columns])
+            if wide.dtype == total.dtype:
+                total[rows, columns].addmm_(wide[:, rows].T, wide[:, columns])
+            else:
+                total[rows, columns] += product(wide[:, rows].T, wide[:, columns])
+
+
+def factors_of_products(x: torch.Tensor) -> torch.Tensor:
+    """What `product` takes of `(tokens, n)`: float32, or the halves themselves where the device sums their products so."""
+    return x if x.is_cuda and torch.version.hip is None and x.dtype in _HALVES else x.float()
+
+
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right of two `factors_of_products` of one dtype, in float32; `exact_products` is for the caller."""
+    if left.dtype == torch.float32:
+        return left @ right
+    return torch.mm(left, right, out_dtype=torch.float32)
 
 
 def weighted_gram(weight: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,11 @@
-"""A checkpoint folder goes in; its decoder layers come out one at a time, ready to run, and activations wait on disk."""
+"""A checkpoint folder goes in; its decoder layers come out one at a time, ready to run."""
 
 from __future__ import annotations
 
 import copy
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .calibration import split_batches
-from .devices import CPU, trim
+from .devices import CPU, Aside, trim
 from .errors import UsageError
-from .files import save_tensors
 from .measurement import check_finite
 from .shards import Checkpoint
 
@@ -56,17 +54,23 @@ class Layers:
         self.stored_itemsize = max(stored.dtype.itemsize for stored in floats)
         # what the config says, else what the first by file and name is
         self.dtype: torch.dtype = config.dtype or min(floats, key=lambda stored: (stored.file, stored.name)).dtype
+        self._stack = ExitStack()
+        self._reader: Aside | None = None
+        self._ahead: dict[int, Future[dict[str, torch.Tensor]]] = {}
 
     def __enter__(self) -> Layers:
-        self.checkpoint.__enter__()
+        self._stack.enter_context(self.checkpoint)
+        if self.device != CPU:
+            self._reader = self._stack.enter_context(Aside(self.device))
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.checkpoint.__exit__(*error)
+        self._ahead.clear()
+        self._stack.close()
 
     def tensor(self, name: str) -> torch.Tensor:
         """A weight on the device."""
-        return self.checkpoint.read(name).to(self.dtype).to(self.device)
+        return self.checkpoint.read(name, pinned=self.device.type == "cuda").to(self.device).to(self.dtype)
 
     def embedded(self, batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """The hidden states `(windows, seq_len, hidden)` of each batch of ids before the first layer."""
@@ -74,15 +78,28 @@ class Layers:
         yield from (F.embedding(ids.to(self.device), weight) for ids in batches)
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[Any]:
-        """The decoder layer `index` with its weights, in eval mode, no parameter with a gradient."""
-        layer: Any = self._skeleton.get_decoder().layers[index]
+    def layer(self, index: int, following: int | None = None) -> Iterator[Any]:
+        """The decoder layer `index` with its weights, in eval mode, no parameter with a gradient.
+
+        On a GPU the one that is asked for next, `following`, is read in the meantime.
+        """
+        layers: Any = self._skeleton.get_decoder().layers
         # the layer before would leave the heap a little larger
         trim()
+        ahead = self._ahead.pop(index, None)
+        state = self._weights(index) if ahead is None else ahead.result()
+        if self._reader is not None:
+            self._reader.take_over(state.values())
+            if following is not None and 0 <= following < len(layers):
+                self._ahead = {following: self._reader.submit(self._weights, following)}
+        with placed(layers[index], state):
+            yield layers[index]
+
+    def _weights(self, index: int) -> dict[str, torch.Tensor]:
+        """Of a layer, on the device, by the names within it."""
+        layer: Any = self._skeleton.get_decoder().layers[index]
         # old checkpoints hold more, such as the frequencies of the position embeddings
-        state = {name: self.tensor(layer_prefix(index) + name) for name in layer.state_dict()}
-        with placed(layer, state):
-            yield layer
+        return {name: self.tensor(layer_prefix(index) + name) for name in layer.state_dict()}
 
     def head(self) -> tuple[nn.Module, torch.Tensor]:
         """The last norm, and the weight `(vocabulary, hidden)` of the head."""
@@ -111,23 +128,26 @@ class Surroundings:
         self.config = config
         self.positions = torch.arange(seq_len, device=device)[None]
         self.rope = rotary(torch.empty(0, dtype=dtype, device=device), self.positions)
+        self._masks: dict[tuple[object, ...], torch.Tensor | None] = {}
 
     def to(self, device: torch.device) -> Surroundings:
         """The same on another device."""
         moved = copy.copy(self)
         moved.positions = self.positions.to(device)
         moved.rope = tuple(part.to(device) for part in self.rope)
+        moved._masks = {}
         return moved
 
     def mask(self, hidden: torch.Tensor, config: Any = None) -> torch.Tensor | None:
         """The causal mask for `hidden`, or None where attention needs none."""
         from transformers.masking_utils import create_causal_mask
 
-        mask: torch.Tensor | None = create_causal_mask(
+        config = config or self.config
+        key = (config._attn_implementation, hidden.shape[0], hidden.dtype)
+        if key not in self._masks:
             # no attention mask and no cache, whose name differs between versions of transformers
-            config or self.config, hidden, None, None, position_ids=self.positions
-        )
-        return mask
+            self._masks[key] = create_causal_mask(config, hidden, None, None, position_ids=self.positions)
+        return self._masks[key]
 
     def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """A decoder layer's output, `(windows, seq_len, hidden)`."""
@@ -141,71 +161,20 @@ class Surroundings:
         return output
 
 
-class Spill:
-    """Named sequences of tensors in a folder, one file per tensor; a sequence that is there is whole."""
+def layer_batches(ids: torch.Tensor, vocabulary: int, device: torch.device) -> list[torch.Tensor]:
+    """Windows, int64 `(samples, seq_len)`, as layers take them one after the other.
 
-    def __init__(self, folder: Path, device: torch.device = CPU) -> None:
-        """`device`: where tensors are read to."""
-        self.folder, self.device = folder, device
-
-    def write(self, name: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Write a sequence that is not there before `commit`; [`WorkError`] where it cannot be written."""
-        part = self.folder / f"{name}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        for index, tensor in enumerate(tensors):
-            save_tensors({"tensor": tensor.detach().cpu().contiguous()}, part / f"{index:06d}")
-
-    def commit(self, name: str) -> Spilled:
-        """Let a written sequence be there."""
-        self.drop(name)
-        os.rename(self.folder / f"{name}.part", self.folder / name)
-        return Spilled(self, name)
-
-    def keep(self, tensors: Iterable[torch.Tensor]) -> Spilled:
-        """Write a sequence under a name of its own."""
-        taken = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
-        name = str(max(taken, default=-1) + 1)
-        self.write(name, tensors)
-        return self.commit(name)
-
-    def read(self, name: str) -> Iterator[torch.Tensor]:
-        """The tensors of a sequence, each in memory only while it is used."""
-        from safetensors.torch import load_file
-
-        for path in sorted((self.folder / name).iterdir()):
-            yield load_file(path)["tensor"].to(self.device)
-
-    def has(self, name: str) -> bool:
-        """Whether a sequence is there."""
-        return (self.folder / name).is_dir()
-
-    def drop(self, name: str) -> None:
-        """Remove a sequence, if it is there."""
-        shutil.rmtree(self.folder / name, ignore_errors=True)
-
-    def drop_all_but(self, names: Iterable[str]) -> None:
-        """Remove the sequences that `keep` named, but for `names`."""
-        for path in list(self.folder.iterdir()):
-            if path.name.removesuffix(".part").isdigit() and path.name not in names:
-                shutil.rmtree(path)
-
-
-class Spilled(Iterable[torch.Tensor]):
-    """A sequence on disk, read anew each time it is gone through."""
-
-    def __init__(self, spill: Spill, name: str) -> None:
-        self.spill, self.name = spill, name
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return self.spill.read(self.name)
+    Whole logits are made nowhere there. On a GPU, which a small batch leaves idle, they limit nothing; on the CPU the batches
+    are those of a pass through the whole model.
+    """
+    return list(split_batches(ids, vocabulary if device == CPU else 1))
 
 
 def batches_of(
-    fitted: torch.Tensor, held_out: torch.Tensor, vocabulary: int
+    fitted: torch.Tensor, held_out: torch.Tensor, vocabulary: int, device: torch.device
 ) -> tuple[list[torch.Tensor], list[bool]]:
     """Fitted and then held-out batches, and which are held out, as re-fitting takes them."""
-    first, second = (list(split_batches(ids, vocabulary)) for ids in (fitted, held_out))
+    first, second = (layer_batches(ids, vocabulary, device) for ids in (fitted, held_out))
     return first + second, [False] * len(first) + [True] * len(second)
 
 

@@ -92,7 +92,8 @@ def collect_statistics(
     blocks = {}
     for key, tap in taps.items():
         found = tap.statistics(rule, seed)
-        blocks[key] = found if moments else replace(found, stored=None)
+        kept = found.moments if moments else None
+        blocks[key] = replace(found, stored=kept and kept.to(CPU), weight=weight_digest(tap.weight))
         tap.release()
     return Statistics(source, criterion, blocks, calibration, seed)
 
@@ -129,6 +130,11 @@ class Tap:
         self.input_sum: torch.Tensor | None = None
         self.gradients: torch.Tensor | None = None
         self.weight_gradients: dict[str, torch.Tensor] = {}
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Of the output projection."""
+        return self.linears[OUTPUT_PROJECTION[self.kind]].weight
 
     def attach(self, stack: ExitStack, moments: bool, output_gradients: bool, weight_gradients: bool) -> None:
         output = self.linears[OUTPUT_PROJECTION[self.kind]]
@@ -170,13 +176,12 @@ class Tap:
         return Block(self.layer, self.kind, weights, self.units, moments, self.weight_gradients, seed)
 
     def statistics(self, rule: Criterion, seed: int) -> BlockStatistics:
-        """The block's curve, and its moments on the CPU."""
+        """The block's curve, and its moments where they were summed; without `weight`."""
         block = self.block(seed)
         curve = rule.curve(block)
         if not bool(torch.isfinite(curve.cost).all()):
             raise WorkError(f"layer {self.layer} {self.kind}: the criterion gives costs that are not finite")
-        weight = weight_digest(self.linears[OUTPUT_PROJECTION[self.kind]].weight)
-        return BlockStatistics(self.layer, self.kind, curve, block.moments and block.moments.to(CPU), weight)
+        return BlockStatistics(self.layer, self.kind, curve, block.moments)
 
     def release(self) -> None:
         self.inputs = self.gradients = None
@@ -245,16 +250,17 @@ def loss_gradient(
     following = torch.full_like(ids, _NOTHING)
     following[:, :-1] = ids[:, 1:]
     rows = hidden.detach().flatten(0, 1)
-    gradient = torch.empty_like(rows)
+    gradient, total = torch.empty_like(rows), torch.zeros((), device=hidden.device)
     step = max(1, LOGITS_AT_ONCE // vocabulary)
     for part, wanted, found in zip(
         rows.split(step), following.flatten().split(step), gradient.split(step), strict=True
     ):
         logits = head(part.requires_grad_(True)).float()
         loss = F.cross_entropy(logits, wanted.to(logits.device), reduction="sum", ignore_index=_NOTHING)
-        if not bool(torch.isfinite(loss.detach())):
-            raise WorkError(f"the loss on calibration text is {float(loss.detach())}: the model's activations overflow")
+        total += loss.detach()
         found.copy_(torch.autograd.grad(loss, part)[0])
+    if not bool(torch.isfinite(total)):
+        raise WorkError(f"the loss on calibration text is {float(total)}: the model's activations overflow")
     return gradient.view_as(hidden)
 
 

@@ -46,6 +46,7 @@ class Work:
         refitted: whether `least_squares` is done.
         stored: bytes of a weight on disk; 0: as `itemsize`.
         text: what drawing the windows takes, as `calibration.drawing` says.
+        gpu: whether layers are on a GPU.
     """
 
     shape: ModelShape
@@ -56,13 +57,14 @@ class Work:
     refitted: bool
     stored: int = 0
     text: int = 0
+    gpu: bool = False
 
     @property
     def batch(self) -> int:
-        """Tokens of the largest batch, as `calibration.split_batches` makes them."""
+        """Tokens of the largest batch, as `layerwise.layer_batches` makes them."""
         from .calibration import LOGITS_PER_BATCH, TOKENS_PER_BATCH
 
-        tokens = min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // self.shape.vocab_size)
+        tokens = TOKENS_PER_BATCH if self.gpu else min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // self.shape.vocab_size)
         return min(self.windows, max(1, tokens // max(1, self.seq_len))) * self.seq_len
 
     def stages(self) -> dict[str, int]:
@@ -144,12 +146,16 @@ class Work:
         return 2 * self._weights(layer) + max(alone, inputs, sums + max(adding, 8 * 2 * wide * d + 8 * 2048 * wide))
 
 
-def check_bound(work: Work, memory: str) -> None:
-    """Raise [`UsageError`] where the process would need more than `memory`, a size, naming the stage and ways out."""
+def check_bound(work: Work, memory: str) -> int:
+    """Bytes of `memory`, a size, that the work leaves.
+
+    Raises:
+        UsageError: it would need more; the stage is named, and ways out.
+    """
     bound = parse_size(memory)
     stage, needed = work.peak()
     if needed <= bound:
-        return
+        return bound - needed
     ways = [f"give --memory {_gib(needed)}"]
     others = {
         "--compensation none": replace(work, refitted=False),
@@ -163,14 +169,21 @@ def check_bound(work: Work, memory: str) -> None:
 
 
 def moments_room(source: ModelShape, rule: Criterion) -> list[int]:
-    """Bytes on the disk of each layer's moments: float32, half of each square."""
-    gradients = 4 * source.hidden_size**2 if rule.output_gradients else 0
-    return [2 * ((s.query_heads * s.head_dim) ** 2 + s.ffn**2) + gradients for s in source.layers]
+    """Bytes on the disk of each layer's moments: float32, half of each square and a little more."""
+    from .statistics import half_size
+
+    return [4 * sum(map(half_size, widths)) for widths in _moments(source, rule)]
+
+
+def _moments(source: ModelShape, rule: Criterion) -> list[list[int]]:
+    """The widths of each layer's second moments."""
+    gradients = 2 * [source.hidden_size] if rule.output_gradients else []
+    return [[s.query_heads * s.head_dim, s.ffn, *gradients] for s in source.layers]
 
 
 def check_gpu(shape: ModelShape, itemsize: int, measured: Criterion | None, total: int) -> None:
     """Raise [`UsageError`] where a GPU of `total` bytes cannot even hold a whole model and the sums of all its layers."""
-    sums = 0 if measured is None else 2 * sum(moments_room(shape, measured))
+    sums = 0 if measured is None else sum(4 * width**2 for widths in _moments(shape, measured) for width in widths)
     least = shape.cost.parameters * itemsize + sums
     if least > total:
         raise UsageError(

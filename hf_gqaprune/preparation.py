@@ -75,7 +75,11 @@ class PruneRequest:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request whose every part was found to make sense, before any weight was read."""
+    """A request whose every part was found to make sense, before any weight was read.
+
+    Attributes:
+        spare: bytes of a bound on memory that the work leaves.
+    """
 
     request: PruneRequest
     device: torch.device
@@ -84,6 +88,7 @@ class Prepared:
     plan: PruningPlan | None
     statistics: Statistics | None
     calibration: Calibration | None
+    spare: int = 0
 
     @property
     def measured(self) -> str:
@@ -155,6 +160,7 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
     rule = now if statistics is None and (plan is None or refit) else None
     if layers is not None and not request.streamed and device.type == "cuda" and request.device != devices.AUTO:
         check_gpu(shape, layers.dtype.itemsize, rule, torch.cuda.get_device_properties(device).total_memory)
+    spare = 0
     if request.memory is not None and layers is not None:
         work = Work(
             shape,
@@ -165,10 +171,11 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
             refitted=refit,
             stored=layers.stored_itemsize,
             text=drawing(tokenizer, texts) if drawn else 0,
+            gpu=device.type == "cuda",
         )
-        check_bound(work, request.memory)
+        spare = check_bound(work, request.memory)
     calibration = draw(tokenizer, texts, samples, seq_len, request.seed) if drawn else None
-    return Prepared(request, device, folder, criterion, plan, statistics, calibration)
+    return Prepared(request, device, folder, criterion, plan, statistics, calibration, spare)
 
 
 def _seq_len(request: PruneRequest, config: Any) -> int:

@@ -18,7 +18,7 @@ from torch import nn
 from . import ranks
 from .calibration import Calibration
 from .errors import WorkError
-from .factors import cholesky_, exact_products, gram_strips, mirror_, solve_
+from .factors import cholesky_, exact_products, factors_of_products, gram_strips, mirror_, product, solve_
 from .layerwise import Surroundings, batches_of
 
 #: ridges that are tried, rising, relative to the mean diagonal
@@ -40,12 +40,12 @@ class NormalEquations:
     Attributes:
         gram: sum of x x^T, `(k, k)`.
         cross: sum of t x^T, `(d, k)`.
-        energy: sum of t . t.
+        energy: sum of t . t, on the device until `complete`.
     """
 
     gram: torch.Tensor
     cross: torch.Tensor
-    energy: float = 0.0
+    energy: float | torch.Tensor = 0.0
 
     @staticmethod
     def zeros(outputs: int, inputs: int, device: torch.device) -> NormalEquations:
@@ -56,13 +56,13 @@ class NormalEquations:
     def add(self, x: torch.Tensor, t: torch.Tensor) -> None:
         """Add rows of x `(tokens, k)` and t `(tokens, d)`, products in float32, sums in float64; `complete` comes after."""
         with exact_products(x.dtype, t.dtype):
-            x, t = x.flatten(0, -2).float(), t.flatten(0, -2).float()
+            x, t = (factors_of_products(rows.flatten(0, -2)) for rows in (x, t))
             for rows, columns in gram_strips(x):
-                self.gram[rows, columns] += x[:, rows].T @ x[:, columns]
+                self.gram[rows, columns] += product(x[:, rows].T, x[:, columns])
             # a whole product in float64 would be as large as the sum
             for total, some in zip(self.cross.split(_ROWS), t.split(_ROWS, 1), strict=True):
-                total += some.T @ x
-        self.energy += float(t.square().sum(dtype=torch.float64))
+                total += product(some.T, x)
+        self.energy = self.energy + t.float().square().sum(dtype=torch.float64)
 
     def solve(self, prior: torch.Tensor, ridge: float) -> torch.Tensor:
         """argmin_W ||T - W X||^2 + r ||W - prior||^2 with r = ridge * mean(diag(gram)): float64 `(d, k)`.
@@ -85,13 +85,13 @@ class NormalEquations:
         total = 0.0
         for rows, cross in zip(weight.split(_ROWS), self.cross.split(_ROWS), strict=True):
             total += float(((rows @ self.gram) * rows).sum() - 2 * (rows * cross).sum())
-        return total + self.energy
+        return total + float(self.energy)
 
     def complete(self) -> None:
         """Nothing more is added: sum over processes, and give `gram`, of which there is half, the other half."""
         mirror_(self.gram)
         ranks.add_up((self.gram, self.cross))
-        self.energy = ranks.added_up(self.energy, self.gram)
+        self.energy = ranks.added_up(float(self.energy), self.gram)
 
     def __iadd__(self, other: NormalEquations) -> NormalEquations:
         self.gram += other.gram
@@ -118,8 +118,9 @@ def refit_on_pruned_prefix(model: Any, pruned: Any, calibration: Calibration) ->
     """
     from tqdm.auto import tqdm
 
-    ids, held_out = batches_of(ranks.share(calibration.fitted), ranks.share(calibration.held_out), model.config.vocab_size)
     embed = model.get_input_embeddings()
+    fitted, held = (ranks.share(windows) for windows in (calibration.fitted, calibration.held_out))
+    ids, held_out = batches_of(fitted, held, model.config.vocab_size, embed.weight.device)
     with torch.no_grad():
         hidden = [embed(batch.to(embed.weight.device)) for batch in ids]
     surroundings = Surroundings(
@@ -262,9 +263,9 @@ def _sketched(rows: torch.Tensor) -> torch.Tensor:
     rows, count = rows.detach().double(), len(rows)
     if count <= 2 * _SKETCH:
         return rows
-    generator = torch.Generator().manual_seed(0)
-    sums = torch.randn(_SKETCH, count, generator=generator, dtype=torch.float64).div_(math.sqrt(_SKETCH))
-    return sums.to(rows.device) @ rows
+    generator = torch.Generator(rows.device).manual_seed(0)
+    sums = torch.randn(_SKETCH, count, generator=generator, dtype=torch.float64, device=rows.device)
+    return sums.div_(math.sqrt(_SKETCH)) @ rows
 
 
 def _ridge(fit: NormalEquations, held: NormalEquations, prior: torch.Tensor, where: str) -> float:

@@ -96,10 +96,10 @@ class Checkpoint:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor `name`, on the CPU; [`WorkError`] where its file cannot be read."""
+    def read(self, name: str, *, pinned: bool = False) -> torch.Tensor:
+        """The tensor `name`, on the CPU, `pinned` for a GPU to copy; [`WorkError`] where its file cannot be read."""
         stored = self.tensors[name]
-        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        tensor = torch.empty(stored.shape, dtype=stored.dtype, pin_memory=pinned)
         _read(self._open[stored.file], stored, memory_of(tensor), stored.start)
         self.digests[name] = digest(stored.dtype, stored.shape, [tensor])
         return tensor

@@ -6,6 +6,7 @@ Curves are always kept; moments, which compensation needs, can be left out of th
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,14 +15,18 @@ from pathlib import Path
 import torch
 
 from .calibration import Calibration
+from .devices import CPU, to_host
 from .errors import UsageError
+from .factors import mirror_
 from .files import new_folder, save_tensors, write_json
 from .importance import Curve
 from .plan import LayerShape, ModelShape
 from .shards import digest
 from .torch_pruning import OUTPUT_PROJECTION
 
-VERSION = 2
+VERSION = 3
+#: rows of a symmetric matrix that a file holds together, from the first column to the last one that they reach
+_STRIP = 256
 KINDS = ("attention", "mlp")
 #: ridge of the optimal-brain-surgeon solve, relative to the mean diagonal of H (Frantar & Alistarh 2022)
 RIDGE = 0.01
@@ -42,6 +47,10 @@ class Moments:
     inputs: torch.Tensor
     input_mean: torch.Tensor
     gradients: torch.Tensor | None = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them."""
+        return [tensor for tensor in (self.inputs, self.input_mean, self.gradients) if tensor is not None]
 
     def to(self, device: torch.device) -> Moments:
         """The same on another device."""
@@ -91,7 +100,13 @@ class BlockStatistics:
     @property
     def moments(self) -> Moments | None:
         """What re-fitting needs, None where it was not kept; of saved statistics read each time it is asked for."""
-        return _read_moments(self.stored) if isinstance(self.stored, Path) else self.stored
+        return _read_moments(self.stored, CPU) if isinstance(self.stored, Path) else self.stored
+
+    def moments_on(self, device: torch.device) -> Moments | None:
+        """`moments` on a device."""
+        if isinstance(self.stored, Path):
+            return _read_moments(self.stored, device)
+        return self.stored and self.stored.to(device)
 
     @property
     def has_moments(self) -> bool:
@@ -122,29 +137,21 @@ class Statistics:
         """Where moments are read from, None where they are in memory."""
         return next((b.stored.parent for b in self.blocks.values() if isinstance(b.stored, Path)), None)
 
-    def moments_of(self, layer: int, weights: Mapping[str, torch.Tensor]) -> dict[str, Moments]:
-        """`{kind: Moments}` of a layer's blocks that were measured.
+    def read(self, layer: int, device: torch.device) -> dict[str, Moments]:
+        """`{kind: Moments}` of a layer's blocks that were measured."""
+        blocks = {kind: self.blocks[layer, kind] for kind in KINDS if (layer, kind) in self.blocks}
+        found = {kind: block.moments_on(device) for kind, block in blocks.items()}
+        return {kind: moments for kind, moments in found.items() if moments is not None}
 
-        Args:
-            layer: its index.
-            weights: of the layer that they are used for, `{"self_attn.o_proj.weight": tensor, ...}`.
-
-        Raises:
-            UsageError: they were measured on other weights.
-        """
-        found = {}
+    def check_weights(self, layer: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """Raise [`UsageError`] where a layer's moments were measured on others than `{"self_attn.o_proj.weight": ...}`."""
         for kind, name in OUTPUT_PROJECTION.items():
             block = self.blocks.get((layer, kind))
-            if block is None or not block.has_moments:
-                continue
-            if block.weight not in (None, weight_digest(weights[f"{name}.weight"])):
+            if block and block.has_moments and block.weight not in (None, weight_digest(weights[f"{name}.weight"])):
                 raise UsageError(
                     f"the statistics were collected on other weights than the model's, first in layer {layer}, {name} (or on "
                     "the same in another dtype): collect them again"
                 )
-            if (moments := block.moments) is not None:
-                found[kind] = moments
-        return found
 
     def identity(self) -> tuple[object, ...]:
         """What tells two measurements apart, without their moments."""
@@ -152,7 +159,7 @@ class Statistics:
         return self.criterion, self.seed, ends, self.calibration and self.calibration.ids.tolist()
 
     def save(self, folder: str | os.PathLike[str], *, moments: bool = True, overwrite: bool = False) -> None:
-        """Write `statistics.json` and one safetensors file per block; symmetric moments are stored as triangles."""
+        """Write `statistics.json` and one safetensors file per block; of symmetric moments the lower half is stored."""
         with new_folder(folder, overwrite) as scratch:
             for block in self.blocks.values():
                 save_block(block, scratch, moments=moments)
@@ -204,7 +211,7 @@ class Statistics:
 
 def weight_digest(weight: torch.Tensor) -> str | None:
     """What tells a weight from all others, its dtype included: 32 hex digits; None on the meta device."""
-    return None if weight.is_meta else digest(weight.dtype, tuple(weight.shape), [weight.detach().cpu()])
+    return None if weight.is_meta else digest(weight.dtype, tuple(weight.shape), [to_host(weight.detach())])
 
 
 def block_file(folder: Path, layer: int, kind: str) -> Path:
@@ -213,41 +220,60 @@ def block_file(folder: Path, layer: int, kind: str) -> Path:
 
 
 def save_block(block: BlockStatistics, folder: Path, *, moments: bool = True) -> None:
-    """Write one block's file in one step, symmetric moments as triangles; [`WorkError`] where it cannot be written."""
+    """Write one block's file in one step, half of each symmetric moment; [`WorkError`] where it cannot be written."""
+    write_block(packed_block(block, moments=moments), block, folder)
+
+
+def packed_block(block: BlockStatistics, *, moments: bool = True) -> dict[str, torch.Tensor]:
+    """What a block's file holds, moments where they are."""
     tensors = {"order": block.curve.order, "cost": block.curve.cost}
     m = block.moments if moments else None
     if m is not None:
-        tensors |= {"tokens": torch.tensor(m.tokens), "inputs": _triangle(m.inputs), "input_mean": m.input_mean}
+        tensors |= {"tokens": torch.tensor(m.tokens), "inputs": _half(m.inputs), "input_mean": m.input_mean}
         if m.gradients is not None:
-            tensors["gradients"] = _triangle(m.gradients)
+            tensors["gradients"] = _half(m.gradients)
+    return tensors
+
+
+def write_block(tensors: Mapping[str, torch.Tensor], block: BlockStatistics, folder: Path) -> None:
+    """`save_block` of what was packed."""
     path = block_file(folder, block.layer, block.kind)
-    save_tensors(tensors, path.with_suffix(".part"), {"weight": block.weight} if block.weight else None)
-    os.rename(path.with_suffix(".part"), path)
+    part = path.with_suffix(".part")
+    metadata = {"weight": block.weight} if block.weight else None
+    save_tensors({name: to_host(tensor) for name, tensor in tensors.items()}, part, metadata)
+    os.rename(part, path)
 
 
-def _read_moments(path: Path) -> Moments:
+def _read_moments(path: Path, device: torch.device) -> Moments:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        gradients = _square(file.get_tensor("gradients")) if "gradients" in file.keys() else None  # noqa: SIM118
-        inputs = _square(file.get_tensor("inputs"))
-        return Moments(int(file.get_tensor("tokens")), inputs, file.get_tensor("input_mean"), gradients)
+        gradients = _square(file.get_tensor("gradients").to(device)) if "gradients" in file.keys() else None  # noqa: SIM118
+        inputs = _square(file.get_tensor("inputs").to(device))
+        return Moments(int(file.get_tensor("tokens")), inputs, file.get_tensor("input_mean").to(device), gradients)
 
 
-def _triangle(matrix: torch.Tensor) -> torch.Tensor:
-    """Lower triangle of a symmetric `(n, n)`, flat `(n (n + 1) / 2,)`."""
-    # row by row: an index of the triangle would be four times its size
-    return torch.cat([row[: i + 1] for i, row in enumerate(matrix)])
+def _half(matrix: torch.Tensor) -> torch.Tensor:
+    """The lower triangle of a symmetric `(n, n)`, and a little more, in strips of rows one after the other: flat."""
+    firsts = range(0, len(matrix), _STRIP)
+    return torch.cat([matrix[first : first + _STRIP, : first + _STRIP].flatten() for first in firsts])
 
 
-def _square(triangle: torch.Tensor) -> torch.Tensor:
-    """Inverse of `_triangle`."""
-    n = int(((8 * len(triangle) + 1) ** 0.5 - 1) / 2)
-    matrix = triangle.new_empty(n, n)
-    start = 0
-    for i in range(n):
-        row = triangle[start : start + i + 1]
-        matrix[i, : i + 1] = row
-        matrix[: i + 1, i] = row
-        start += i + 1
-    return matrix
+def half_size(n: int) -> int:
+    """Numbers in `_half` of an `(n, n)`."""
+    return sum(min(_STRIP, n - first) * min(first + _STRIP, n) for first in range(0, n, _STRIP))
+
+
+def _square(half: torch.Tensor) -> torch.Tensor:
+    """Inverse of `_half`."""
+    strips, n = [], 0
+    while len(half):
+        # the last strip may be lower: rows * (n + rows) numbers are left
+        rows = min(_STRIP, (math.isqrt(n * n + 4 * len(half)) - n) // 2)
+        strips.append((n, half[: rows * (n + rows)].view(rows, n + rows)))
+        half = half[rows * (n + rows) :]
+        n += rows
+    matrix = half.new_empty(n, n)
+    for first, strip in strips:
+        matrix[first : first + len(strip), : strip.shape[1]] = strip
+    return mirror_(matrix)

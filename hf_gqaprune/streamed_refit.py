@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .devices import CPU, Aside
 from .files import write_json
-from .layerwise import Layers, Spill, Spilled, batches_of, placed
+from .layerwise import Layers, batches_of, placed
 from .plan import LayerPlan
 from .reconstruction import Walk
-from .statistics import Statistics
+from .spill import Spill, Spilled
+from .statistics import Moments, Statistics
 from .surgery import prune_layer
 from .torch_pruning import UnitSlices
 
 
-def streams_room(tokens: int, hidden: int, dtype: torch.dtype) -> int:
-    """Bytes on disk of the streams at their most: of both models before a layer, in the middle of it and behind it."""
-    return 6 * tokens * hidden * dtype.itemsize
+def streams_room(tokens: int, hidden: int, dtype: torch.dtype, held: int = 0) -> int:
+    """Bytes on disk of the streams at their most: of both models before a layer, in the middle of it and behind it.
+
+    `held` bytes of them stay in memory.
+    """
+    return max(0, 6 * tokens * hidden * dtype.itemsize - held)
 
 
 class Refit:
-    """`least_squares` of `prune`, layer by layer and bit for bit; the residual streams of both models lie on disk."""
+    """`least_squares` of `prune`, layer by layer and bit for bit; the residual streams of both models are spilled."""
 
-    def __init__(self, layers: Layers, pruned: Any, statistics: Statistics, working: Path) -> None:
+    def __init__(self, layers: Layers, pruned: Any, statistics: Statistics, working: Path, spare: int = 0) -> None:
         """Prepare; nothing is read.
 
         Args:
@@ -33,11 +39,14 @@ class Refit:
             pruned: the pruned model without weights.
             statistics: moments, and windows to walk along; without windows each block is re-fitted by itself.
             working: a folder for the streams, which `begin` may find there.
+            spare: bytes of a GPU's memory for them.
         """
         self.layers, self.pruned, self.statistics = layers, pruned, statistics
-        self.spill = Spill(working / "streams", layers.device)
+        self.spill = Spill(working / "streams", layers.device, spare)
         self.walk: Walk | None = None
         self.differs = False
+        self._reader = None if layers.device == CPU else Aside(layers.device)
+        self._ahead: dict[int, Future[dict[str, Moments]]] = {}
 
     def begin(self, first: int) -> int:
         """Stand before the layer `first`, or before an earlier one where its streams are not there: which one it is."""
@@ -45,7 +54,9 @@ class Refit:
         if calibration is None:
             return first
         self.spill.folder.mkdir(parents=True, exist_ok=True)
-        ids, held_out = batches_of(calibration.fitted, calibration.held_out, self.layers.config.vocab_size)
+        ids, held_out = batches_of(
+            calibration.fitted, calibration.held_out, self.layers.config.vocab_size, self.layers.device
+        )
         found = next((index for index in range(first, -1, -1) if self._whole(index)), 0)
         for path in self.spill.folder.glob("before-*.json"):
             # of streams that are gone, or will be made anew
@@ -63,9 +74,10 @@ class Refit:
 
     def layer(self, index: int, kept: LayerPlan, slices: UnitSlices) -> dict[str, torch.Tensor]:
         """The weights of a pruned layer on the device, by the names within it; layers come in order."""
-        with self.layers.layer(index) as dense:
+        with self.layers.layer(index, index + 1) as dense:
             weights = dict(dense.state_dict())
-            new = prune_layer(weights, kept, slices, self.statistics.moments_of(index, weights))
+            self.statistics.check_weights(index, weights)
+            new = prune_layer(weights, kept, slices, self._moments(index))
             if self.walk is None:
                 return new
             layer = self.pruned.get_decoder().layers[index]
@@ -77,6 +89,16 @@ class Refit:
             names = {key: stream.name for key, stream in streams.items() if isinstance(stream, Spilled)}
             write_json(self._note(index + 1), {**names, "differs": self.differs})
         return new
+
+    def _moments(self, index: int) -> dict[str, Moments]:
+        """Of a layer; on a GPU those of the next are read in the meantime."""
+        if self._reader is None:
+            return self.statistics.read(index, self.layers.device)
+        ahead = self._ahead.pop(index, None)
+        found = ahead.result() if ahead else self.statistics.read(index, self.layers.device)
+        self._reader.take_over(tensor for moments in found.values() for tensor in moments.tensors())
+        self._ahead = {index + 1: self._reader.submit(self.statistics.read, index + 1, self.layers.device)}
+        return found
 
     def finished(self, index: int) -> None:
         """The layer's weights are safe: what came before it may go."""

@@ -8,27 +8,34 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from .calibration import Calibration, split_batches
-from .devices import CPU
+from .calibration import Calibration
+from .devices import CPU, Aside
 from .errors import UsageError, WorkError, unknown
 from .files import check_room, put_in_place, refuse_existing, refuse_lost, write_json
 from .importance import CRITERIA, Criterion
-from .layerwise import Layers, Spill
+from .layerwise import Layers, layer_batches
 from .measurement import Tap, check_tokens, check_weights, loss_gradient
 from .memory import moments_room
 from .plan import ModelShape
 from .shards import Checkpoint
-from .statistics import KINDS, BlockStatistics, Statistics, block_file, save_block
+from .spill import Spill, holds
+from .statistics import KINDS, BlockStatistics, Statistics, block_file, packed_block, weight_digest, write_block
 from .torch_pruning import trace_units
 from .unfinished import PROGRESS, begin, drop, model_state, sha256, whole_folder, working_folder
+
+#: blocks and sequences that wait to be written or removed
+_AHEAD = 4
 
 
 def stream_statistics(
@@ -41,12 +48,14 @@ def stream_statistics(
     overwrite: bool = False,
     resume: bool = False,
     device: torch.device = CPU,
+    spare: int = 0,
 ) -> Statistics:
-    """`collect_statistics(model, calibration, criterion=criterion)` without loading the model, bit for bit.
+    """`collect_statistics(model, calibration, criterion=criterion)` without loading the model, bit for bit on the CPU.
 
     At its most, memory holds one decoder layer, what it keeps of one batch for the backward pass, and the moments of its
     blocks; the embeddings or the head once. Inputs and gradients of one layer after the other are on disk, `tokens x
-    hidden` values each: all layers' inputs at the turn of the two passes. They lie in a hidden folder beside `output`.
+    hidden` values each: all layers' inputs at the turn of the two passes. They lie in a hidden folder beside `output`; what
+    a GPU gives lies there only where the host's memory has no room for it, and a GPU takes more windows at once.
 
     Args:
         model: folder or Hub id of a Llama or pruned Llama checkpoint in safetensors; its files are only read.
@@ -55,8 +64,10 @@ def stream_statistics(
         criterion: a key of `importance.CRITERIA`.
         seed: for the criterion `random`.
         overwrite: replace `output`, and without `resume` drop what an interrupted call left.
-        resume: go on after the last layer that an interrupted call with the same arguments finished.
+        resume: go on after the last layer that an interrupted call with the same arguments finished, or from the first where
+            its activations were in memory.
         device: where each layer is while it is measured; two devices round differently.
+        spare: bytes of a GPU's memory that activations may take beside the rest.
 
     Returns:
         The statistics in `output`, whose moments are read when they are asked for.
@@ -85,13 +96,14 @@ def stream_statistics(
         check_tokens(calibration, source)
     working = working_folder(target)
     begun = begin(working, resume, overwrite, made_from(folder, layers.checkpoint, calibration, criterion, seed, device))
-    check_room(working, room(source, layers.dtype, calibration, CRITERIA[criterion]), "the statistics and activations")
+    held = holds(device, spare)
+    check_room(working, room(source, layers.dtype, calibration, CRITERIA[criterion], held), "the statistics and activations")
     try:
         working.mkdir(parents=True, exist_ok=True)
         write_json(working / PROGRESS, begun)
         whole = whole_folder(working)
         with layers:
-            _Pass(layers, source, calibration, criterion, seed, working).run()
+            _Pass(layers, source, calibration, criterion, seed, working, spare).run()
         blocks = {
             (index, kind): BlockStatistics.open(working, index, kind)
             for index, shape in enumerate(source.layers)
@@ -112,16 +124,21 @@ def stream_statistics(
     return Statistics.load(target)
 
 
-def room(source: ModelShape, dtype: torch.dtype, calibration: Calibration | None, rule: Criterion) -> int:
-    """Bytes on the disk at their most: of activations at the turn of the passes, or of moments at the end."""
+def room(
+    source: ModelShape, dtype: torch.dtype, calibration: Calibration | None, rule: Criterion, held: int = 0
+) -> int:
+    """Bytes on the disk at their most: of activations at the turn of the passes, or of moments at the end.
+
+    `held` bytes of activations stay in memory.
+    """
     if calibration is None:
         return 0
     stream = calibration.tokens * source.hidden_size * dtype.itemsize
     backward = rule.output_gradients or rule.weight_gradients
     moments = moments_room(source, rule)
     # going back, every layer's moments take the place of its activations
-    most = stream * (len(source.layers) + 2) + max(moments) if backward else 0
-    return max(most, sum(moments) + (3 if backward else 2) * stream)
+    most = max(0, stream * (len(source.layers) + 2) - held) + max(moments) if backward else 0
+    return max(most, sum(moments) + max(0, (3 if backward else 2) * stream - held))
 
 
 def made_from(
@@ -152,15 +169,24 @@ class _Pass:
         criterion: str,
         seed: int,
         working: Path,
+        spare: int,
     ) -> None:
         self.layers, self.source, self.working, self.seed = layers, source, working, seed
         self.rule = CRITERIA[criterion]
         self.backward = self.rule.output_gradients or self.rule.weight_gradients
         self.ids = None if calibration is None else calibration.ids
         self.slices = trace_units(source.layers)
-        self.spill = Spill(working, layers.device)
+        self.spill = Spill(working, layers.device, spare)
+        # what a GPU has measured is written while it goes on
+        self.writer = None if layers.device == CPU else Aside(layers.device)
+        self.pending: deque[Future[None]] = deque()
 
     def run(self) -> None:
+        with self.writer or nullcontext():
+            self._run()
+            self._wait()
+
+    def _run(self) -> None:
         from tqdm.auto import tqdm
 
         count = len(self.source.layers)
@@ -169,11 +195,13 @@ class _Pass:
                 self._weigh(index)
             return
         spill = self.spill
-        self.batches = list(split_batches(self.ids, self.layers.config.vocab_size))
+        self.batches = layer_batches(self.ids, self.layers.config.vocab_size, self.layers.device)
         self.surroundings = self.layers.surroundings(self.ids.shape[1])
-        back = self._first(f"gradient-{index}" for index in range(count + 1))
+        # a layer's activations may be there before its statistics are
+        measured = [self._measured(index) for index in range(count)]
+        back = next((i for i in range(count + 1) if spill.has(f"gradient-{i}") and all(measured[i:])), None)
         if back is None:
-            done = [index for index in range(count + 1) if spill.has(f"input-{index}")]
+            done = [i for i in range(count + 1) if spill.has(f"input-{i}") and (self.backward or all(measured[:i]))]
             if not done:
                 spill.write("input-0", self.layers.embedded(self.batches))
                 spill.commit("input-0")
@@ -188,23 +216,25 @@ class _Pass:
         for index in tqdm(range(back - 1, -1, -1), desc="backward", unit="layer", disable=None, leave=False):
             self._back(index)
 
-    def _first(self, names: Iterator[str]) -> int | None:
-        """The place of the first sequence that is there."""
-        return next((index for index, name in enumerate(names) if self.spill.has(name)), None)
+    def _kinds(self, index: int) -> list[str]:
+        return [kind for kind in KINDS if kind not in self.source.layers[index].skip]
+
+    def _measured(self, index: int) -> bool:
+        """Whether the statistics of a layer are there."""
+        return all(block_file(self.working, index, kind).exists() for kind in self._kinds(index))
 
     def _weigh(self, index: int) -> None:
         """The curves of a layer from its weights alone, unless they are there."""
-        kinds = [kind for kind in KINDS if kind not in self.source.layers[index].skip]
-        if all(block_file(self.working, index, kind).exists() for kind in kinds):
+        if self._measured(index):
             return
-        with self.layers.layer(index) as layer:
+        with self.layers.layer(index, index + 1) as layer:
             check_weights({index: layer})
-            self._save([Tap(index, kind, layer, self.slices[index]) for kind in kinds])
+            self._save([Tap(index, kind, layer, self.slices[index]) for kind in self._kinds(index)])
 
     def _forward(self, index: int) -> None:
         """The inputs of the next layer; without a backward pass also the statistics of this one."""
         spill = self.spill
-        with self.layers.layer(index) as layer, ExitStack() as stack:
+        with self.layers.layer(index, index + 1) as layer, ExitStack() as stack:
             check_weights({index: layer})
             taps = [] if self.backward else self._taps(index, layer, stack)
             with torch.no_grad():
@@ -212,14 +242,17 @@ class _Pass:
             self._save(taps)
         spill.commit(f"input-{index + 1}")
         if not self.backward:
-            spill.drop(f"input-{index}")
+            self._later(spill.drop, f"input-{index}")
 
     def _outputs(self, index: int, layer: Any) -> Iterator[torch.Tensor]:
+        finite = torch.ones((), dtype=torch.bool, device=self.layers.device)
         for hidden in self.spill.read(f"input-{index}"):
             output = self.surroundings.run(layer, hidden)
-            if not bool(torch.isfinite(output).all()):
-                raise WorkError(f"layer {index}: what it puts out on calibration text is not finite: activations overflow")
+            finite &= torch.isfinite(output).all()
             yield output
+        # looked at once, so that a GPU need not wait after each batch
+        if not bool(finite):
+            raise WorkError(f"layer {index}: what it puts out on calibration text is not finite: activations overflow")
 
     def _loss_gradients(self, count: int) -> Iterator[torch.Tensor]:
         """Of the summed next-token loss with respect to what the last layer puts out."""
@@ -240,24 +273,44 @@ class _Pass:
                 self.surroundings.run(layer, hidden).backward(gradient)
                 yield _gradient(hidden)
 
-        with self.layers.layer(index) as layer, ExitStack() as stack:
+        with self.layers.layer(index, index - 1) as layer, ExitStack() as stack:
             taps = self._taps(index, layer, stack)
             spill.write(f"gradient-{index}", gradients())
             self._save(taps)
         spill.commit(f"gradient-{index}")
         for name in (f"gradient-{index + 1}", f"input-{index}"):
-            spill.drop(name)
+            self._later(spill.drop, name)
 
     def _taps(self, index: int, layer: Any, stack: ExitStack) -> list[Tap]:
-        taps = [Tap(index, kind, layer, self.slices[index]) for kind in KINDS if kind not in self.source.layers[index].skip]
+        taps = [Tap(index, kind, layer, self.slices[index]) for kind in self._kinds(index)]
         for tap in taps:
             tap.attach(stack, True, self.rule.output_gradients, self.rule.weight_gradients)
         return taps
 
     def _save(self, taps: list[Tap]) -> None:
         for tap in taps:
-            save_block(tap.statistics(self.rule, self.seed), self.working)
+            block = tap.statistics(self.rule, self.seed)
             tap.release()
+            packed, known = packed_block(block), replace(block, stored=None)
+            del block
+            self._later(self._write, packed, known, tap.weight.detach())
+
+    def _write(self, packed: dict[str, torch.Tensor], block: BlockStatistics, weight: torch.Tensor) -> None:
+        write_block(packed, replace(block, weight=weight_digest(weight)), self.working)
+
+    def _later(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Do `work` after what was to be done before; on a GPU while it goes on with the next block."""
+        if self.writer is None:
+            work(*arguments)
+            return
+        while len(self.pending) > _AHEAD:
+            self.pending.popleft().result()
+        self.pending.append(self.writer.submit(work, *arguments))
+
+    def _wait(self) -> None:
+        """Until all is done; raises what failed."""
+        while self.pending:
+            self.pending.popleft().result()
 
 
 def _gradient(hidden: torch.Tensor) -> torch.Tensor:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import identity
-from .devices import CPU
+from .devices import CPU, to_host
 from .errors import UsageError, WorkError
 from .files import check_room, put_in_place, refuse_existing, refuse_lost, write_json, write_text
 from .layerwise import Layers, expected_tensors, layer_prefix
 from .plan import LayerPlan, PruningPlan
 from .shard_writer import ShardWriter
 from .shards import INDEX, Checkpoint, fingerprint
+from .spill import holds
 from .statistics import Statistics
 from .streamed_refit import Refit, streams_room
 from .surgery import check_compensation, pruned_config
@@ -42,6 +43,7 @@ def prune_checkpoint(
     overwrite: bool = False,
     resume: bool = False,
     device: torch.device = CPU,
+    spare: int = 0,
 ) -> Path:
     """Prune a checkpoint without loading it: the files that `prune` and `save_pretrained` would write, byte for byte.
 
@@ -59,9 +61,11 @@ def prune_checkpoint(
             and need both models in memory.
         max_shard_size: of the written shards, as in `save_pretrained`: bytes, or a text such as `"5GB"`.
         overwrite: replace `output`, and without `resume` drop what an interrupted call left.
-        resume: go on after the last layer that an interrupted call with the same arguments finished; begin where there
-            was none. What it wrote is hashed again, and written again where it differs.
+        resume: go on after the last layer that an interrupted call with the same arguments finished, or from the first where
+            its activations were in memory; begin where there was none. What it wrote is hashed again, and written again
+            where it differs.
         device: where weights are re-fitted; without compensation nothing is computed.
+        spare: as in `stream_statistics`.
 
     Returns:
         `output`.
@@ -102,15 +106,15 @@ def prune_checkpoint(
     }
     begun = begin(working, resume, overwrite, inputs, ("read", "written"))
     walked = refitted.calibration if refitted else None
-    streams = 0 if walked is None else streams_room(walked.tokens, config.hidden_size, layers.dtype)
+    streams = 0 if walked is None else streams_room(walked.tokens, config.hidden_size, layers.dtype, holds(device, spare))
     check_room(working, sum(writer.files.values()) + streams, "the pruned weights")
     try:
         working.mkdir(parents=True, exist_ok=True)
         write_json(working / PROGRESS, begun)
         whole = whole_folder(working)
-        with checkpoint, writer:
+        with layers, writer:
             _resume(checkpoint, writer, begun)
-            refit = Refit(layers, pruned, refitted, working) if refitted else None
+            refit = Refit(layers, pruned, refitted, working, spare) if refitted else None
             steps = _steps(plan, checkpoint, writer)
             _stream(_Surgery(checkpoint, writer, plan, layers.dtype, steps, refit), working / PROGRESS, begun)
             writer.sync()
@@ -159,9 +163,6 @@ class _Surgery:
 
     def take(self, step: _Step, slices: tuple[UnitSlices, ...]) -> None:
         """Read, cut and write what `step` is about."""
-        for name in step.reads:
-            # noted by a call that was interrupted in between
-            self.checkpoint.digests.pop(name, None)
         cuts = {}
         if step.layer is not None:
             prefix, kept, units = layer_prefix(step.layer), self.plan.layers[step.layer], slices[step.layer]
@@ -169,7 +170,7 @@ class _Surgery:
                 cuts = _cuts(prefix, kept, units)
             else:
                 for name, tensor in self.refit.layer(step.layer, kept, units).items():
-                    self.writer.write(prefix + name, [tensor.cpu()])
+                    self.writer.write(prefix + name, [to_host(tensor)])
         for name in step.reads:
             if name in self.checkpoint.digests:
                 continue  # the layer was re-fitted from it
@@ -215,12 +216,17 @@ def _stream(surgery: _Surgery, progress: Path, begun: dict[str, Any]) -> None:
 
     slices = trace_units(surgery.plan.source.layers)
     pending = surgery.pending()
+    for name in itertools.chain.from_iterable(step.reads for step in pending):
+        # noted by a call that was interrupted in between
+        surgery.checkpoint.digests.pop(name, None)
     bar = tqdm(pending, desc="pruning", unit="step", disable=None, leave=False)
     for step, following in itertools.zip_longest(bar, pending[1:]):
         if following is not None:
             surgery.checkpoint.announce(following.reads)
         surgery.take(step, slices)
-        write_json(progress, {**begun, "read": surgery.checkpoint.digests, "written": surgery.writer.digests})
+        # the next layer may be read already
+        read = dict(surgery.checkpoint.digests)
+        write_json(progress, {**begun, "read": read, "written": surgery.writer.digests})
         if surgery.refit is not None and step.layer is not None:
             surgery.writer.wait()
             surgery.refit.finished(step.layer)

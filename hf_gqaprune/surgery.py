@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .correction import natural_gradient_steps
-from .devices import check_held, spread
+from .devices import CPU, check_held, spread
 from .errors import UsageError, unknown
 from .factors import cholesky_, solve_
 from .measurement import check_outer_weights, check_weights
@@ -72,7 +72,10 @@ def prune(
     for index, kept in enumerate(plan.layers):
         layer = inner.layers[index]
         weights = dict(layer.state_dict())
-        moments = statistics.moments_of(index, weights) if statistics and compensation != "none" else {}
+        moments: dict[str, Moments] = {}
+        if statistics and compensation != "none":
+            statistics.check_weights(index, weights)
+            moments = statistics.read(index, next((weight.device for weight in weights.values()), CPU))
         means = None
         if compensation == "bias":
             means, moments = {kind: m.input_mean for kind, m in moments.items()}, {}

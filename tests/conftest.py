@@ -21,6 +21,8 @@ os.environ.update(
     NO_PROXY="127.0.0.1,localhost",
     no_proxy="127.0.0.1,localhost",
     TOKENIZERS_PARALLELISM="false",
+    # bits are compared, and a GPU rounds in an order of its own
+    CUDA_VISIBLE_DEVICES="",
 )
 for _name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(_name, None)

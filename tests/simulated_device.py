@@ -1,12 +1,16 @@
 """A second device in the memory of the CPU, as strict as a GPU: what lies on it and what does not cannot be mixed.
 
 Run as a script it prunes the embedded model on that device, in memory and layer by layer, and compares with the CPU. It
-runs in a process of its own, because a registered backend stays until a process ends.
+runs in a process of its own, because a registered backend stays until a process ends. `simulated_device.py FOLDER cuda` does
+the same on a real GPU, which the test suite does without.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-_setup_privateuseone_for_python_backend("sim")
-CPU, SIM = torch.device("cpu"), torch.device("sim", 0)
+# beside a real GPU it would take that one's place
+REAL = sys.argv[2:] == ["cuda"]
+if not REAL:
+    _setup_privateuseone_for_python_backend("sim")
+CPU, SIM = torch.device("cpu"), torch.device("cuda" if REAL else "sim", 0)
 _ATEN = torch.ops.aten
 #: what may take an index, a mask or a source from the CPU, as on CUDA
 _MIXING = {_ATEN.copy_, _ATEN.index, _ATEN.index_put_, _ATEN.index_put, _ATEN._index_put_impl_}
@@ -107,7 +114,8 @@ class _Generator(torch.Generator):
         return super().__new__(cls, "cpu")
 
 
-torch.Generator = _Generator  # type: ignore[misc]
+if not REAL:
+    torch.Generator = _Generator  # type: ignore[misc]
 
 
 def compare(folder: Path) -> None:
@@ -142,9 +150,12 @@ def compare(folder: Path) -> None:
         target = folder / device.type
         gp.prune_checkpoint(dense, plan, target, streamed, compensation="least_squares", device=device)
         yield "streamed", weights(load_model(target))
+        yield "resumed", measured(resumed(dense, windows, folder / f"{device.type}-resumed", device))
+        for where, found in spilled(folder / "spilled", device):
+            yield f"spilled to {where}", found
 
     # the CPU has an attention of its own, which rounds differently
-    with Simulated(), sdpa_kernel(SDPBackend.MATH):
+    with nullcontext() if REAL else Simulated(), sdpa_kernel(SDPBackend.MATH):
         model = load_model(local_folder("demo"), torch.float32)
         model.save_pretrained(dense)
         plan = gp.make_plan(gp.collect_statistics(model, windows), backbone_ratio=0.3)
@@ -152,6 +163,66 @@ def compare(folder: Path) -> None:
             close(name, found, wanted)
         for name, found, wanted in over_two_devices(dense, windows, plan):
             close(f"{name} over two devices", found, wanted)
+
+
+def resumed(dense: Path, windows: Any, target: Path, device: torch.device) -> Any:
+    """Streamed statistics of a call that was gone on with after each of four that failed, activations on the disk."""
+    import hf_gqaprune as gp
+    from hf_gqaprune import spill, streamed_statistics
+    from hf_gqaprune.errors import WorkError
+
+    write, calls = streamed_statistics.write_block, 0
+
+    def failing(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        # a layer's activations are there by now, and its second block will not be
+        if calls in (2, 5, 8, 9):
+            raise WorkError("the disk is gone")
+        write(*arguments)
+
+    memory, spill.host_memory, streamed_statistics.write_block = spill.host_memory, lambda: (1, 0), failing
+    try:
+        for _ in range(4):
+            try:
+                gp.stream_statistics(dense, windows, target, device=device, resume=True)
+                raise AssertionError("it did not fail")
+            except WorkError as error:
+                assert "the disk is gone; what was finished is in" in str(error)
+        return gp.stream_statistics(dense, windows, target, device=device, resume=True)
+    finally:
+        spill.host_memory, streamed_statistics.write_block = memory, write
+
+
+def spilled(folder: Path, device: torch.device) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """What a spill gives back of the device's memory, of the host's and of the disk; none of the three has room for all."""
+    from hf_gqaprune import spill as module
+
+    place = folder / device.type
+    place.mkdir(parents=True)
+    wanted = [torch.full((8,), float(index)) for index in range(1, 7)]
+    spill = module.Spill(place, device, room=2 * 32)
+    arrived: list[Future[torch.Tensor]] = []
+
+    class Copier:
+        def submit(self, work: Any, tensor: torch.Tensor) -> Future[torch.Tensor]:
+            arrived.append(Future())
+            arrived[-1].set_result(work(tensor))
+            return arrived[-1]
+
+    if device != CPU:
+        spill._copier = Copier()  # type: ignore[assignment]
+    real, module.host_memory = module.host_memory, lambda: (100, 100 - 32 * len(arrived))  # a quarter stays free
+    try:
+        sequence = spill.keep(tensor.to(device) for tensor in wanted)
+        assert len(list(place.rglob("00*"))) == (6 if device == CPU else 2)
+        again = spill.keep(iter(sequence))
+        spill.drop_all_but((again.name,))
+        for tensors in (again, spill.keep(iter(again))):
+            assert all(tensor.device == device for tensor in tensors)
+            yield "three places", {str(index): tensor.cpu() for index, tensor in enumerate(tensors)}
+    finally:
+        module.host_memory = real
 
 
 def over_two_devices(dense: Path, windows: Any, plan: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -167,7 +238,7 @@ def over_two_devices(dense: Path, windows: Any, plan: Any) -> Iterator[tuple[str
     for name in last:
         parted.get_submodule(name).to(SIM)
     # as `device_map` does it
-    spread(parted, {**dict.fromkeys(first, "cpu"), **dict.fromkeys(last, "sim:0")})
+    spread(parted, {**dict.fromkeys(first, "cpu"), **dict.fromkeys(last, str(SIM))})
     for criterion in ("curvature", "taylor"):
         measurements = [gp.collect_statistics(model, windows, criterion=criterion) for model in (parted, whole)]
         yield criterion, measured(measurements[0]), measured(measurements[1])
@@ -205,6 +276,4 @@ def close(name: str, found: dict[str, torch.Tensor], wanted: dict[str, torch.Ten
 
 
 if __name__ == "__main__":
-    import sys
-
     compare(Path(sys.argv[1]))

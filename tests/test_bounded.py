@@ -19,11 +19,17 @@ from disk import contents, files_of_at_most
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from hf_gqaprune import Calibration
 from hf_gqaprune.cli import main
+from hf_gqaprune.devices import host_memory
 from hf_gqaprune.errors import UsageError
 from hf_gqaprune.importance import CRITERIA
-from hf_gqaprune.memory import PROCESS, Work, check_gpu, parse_size
+from hf_gqaprune.layerwise import layer_batches
+from hf_gqaprune.memory import PROCESS, Work, check_gpu, moments_room, parse_size
 from hf_gqaprune.plan import LayerShape, ModelShape
+from hf_gqaprune.spill import holds
+from hf_gqaprune.streamed_refit import streams_room
+from hf_gqaprune.streamed_statistics import room
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it counts: one two three four five. " * 60
 INDEX = "model.safetensors.index.json"
@@ -373,5 +379,30 @@ def test_the_estimate_for_llama_3_8b() -> None:
     assert llama_3_8b(refitted=False).peak()[1] < llama_3_8b().peak()[1]
     # a window more is another batch, not a larger one
     assert llama_3_8b(windows=128).peak() == llama_3_8b().peak()
+    # on a GPU it is a larger one, until the batch is full
+    assert llama_3_8b(gpu=True).batch == 2048 and llama_3_8b(gpu=True, windows=3).batch == 3 * 2048
+    assert llama_3_8b(gpu=True, windows=128).batch == 8192
+    assert llama_3_8b().peak()[1] < llama_3_8b(gpu=True, windows=128).peak()[1] < 12 << 30
+
+
+def test_what_memory_holds_needs_no_disk() -> None:
+    shape, rule, windows = llama_3_8b().shape, CRITERIA["curvature"], Calibration(torch.zeros(128, 2048, dtype=torch.long))
+    stream, moments = windows.tokens * 4096 * 2, moments_room(shape, rule)
+    whole = room(shape, torch.bfloat16, windows, rule)
+    assert whole == 34 * stream + max(moments)
+    assert room(shape, torch.bfloat16, windows, rule, held=20 * stream) == max(14 * stream + max(moments), sum(moments))
+    assert room(shape, torch.bfloat16, windows, rule, held=whole) == sum(moments)
+    assert streams_room(windows.tokens, 4096, torch.bfloat16, held=4 * stream) == 2 * stream
+    assert streams_room(windows.tokens, 4096, torch.bfloat16, held=7 * stream) == 0
+    assert holds(torch.device("cpu"), 1 << 40) == 0
+    total, available = host_memory()
+    assert 0 < available <= total and holds(torch.device("cuda"), 1 << 40) >= 1 << 40
+
+
+def test_a_gpu_takes_more_windows_at_once_where_no_logits_are_made() -> None:
+    ids = torch.arange(9 * 2048).view(9, 2048)
+    on_cpu, on_gpu = (layer_batches(ids, 128256, torch.device(name)) for name in ("cpu", "cuda"))
+    assert [len(batch) for batch in on_cpu] == [1] * 9 and [len(batch) for batch in on_gpu] == [4, 4, 1]
+    assert torch.equal(torch.cat(on_gpu), ids)
     replay = llama_3_8b(measured=None, refitted=False)
     assert replay.peak() == ("the process", PROCESS)

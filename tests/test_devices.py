@@ -55,7 +55,8 @@ def test_everything_is_done_on_the_device_of_the_model(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     told = set(done.stdout.splitlines())
-    assert {"curvature", "wanda", "taylor", "layer importance", "least_squares", "natural_gradient", "streamed"} <= told
+    assert {"curvature", "wanda", "taylor", "layer importance", "least_squares", "natural_gradient", "streamed", "resumed"} <= told
+    assert "spilled to three places" in told
     assert {f"{name} over two devices" for name in ("curvature", "taylor", "least_squares", "natural_gradient")} <= told
 
 

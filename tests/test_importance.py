@@ -20,7 +20,7 @@ from hf_gqaprune import Calibration, Statistics, collect_statistics, make_plan, 
 from hf_gqaprune.curvature import _remove_blocks, remove_greedily
 from hf_gqaprune.errors import UsageError, WorkError
 from hf_gqaprune.importance import CRITERIA, Block, Curve
-from hf_gqaprune.statistics import Moments
+from hf_gqaprune.statistics import Moments, _half, _square, half_size
 
 
 def ffn_block(
@@ -307,8 +307,17 @@ def test_statistics_folders_are_refused_when_broken(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no readable statistics.json"):
         Statistics.load(tmp_path / "absent")
     (folder / "statistics.json").write_text('{"version": 7}', encoding="utf-8")
-    with pytest.raises(UsageError, match="statistics of version 7, this release reads 2"):
+    with pytest.raises(UsageError, match="statistics of version 7, this release reads 3"):
         Statistics.load(folder)
+
+
+@pytest.mark.parametrize("n", [1, 2, 255, 256, 257, 512, 700])
+def test_half_of_a_symmetric_matrix_is_the_whole(n: int) -> None:
+    matrix = torch.randn(n, n, generator=torch.Generator().manual_seed(n))
+    matrix += matrix.T.clone()
+    half = _half(matrix)
+    assert len(half) == half_size(n) <= n * n
+    assert torch.equal(_square(half), matrix)
 
 
 def test_one_pass_serves_any_number_of_plans() -> None:

@@ -30,9 +30,10 @@ from hf_gqaprune import (
 )
 from hf_gqaprune.files import check_room
 from hf_gqaprune.importance import CRITERIA
-from hf_gqaprune.layerwise import Layers, Spill
+from hf_gqaprune.layerwise import Layers
 from hf_gqaprune.measurement import loss_gradient
 from hf_gqaprune.plan import ModelShape
+from hf_gqaprune.spill import Spill
 from hf_gqaprune.streamed_statistics import room
 from hf_gqaprune.trainer.models import load_config, load_model
 
@@ -136,12 +137,12 @@ def failing_at(monkeypatch: pytest.MonkeyPatch, call: int) -> Any:
     """Reading the `call`-th layer fails halfway."""
     real, calls = Layers.layer, 0
 
-    def layer(self: Layers, index: int) -> Any:
+    def layer(self: Layers, index: int, following: int | None = None) -> Any:
         nonlocal calls
         calls += 1
         if calls == call + 1:
             raise WorkError("the disk is gone")
-        return real(self, index)
+        return real(self, index, following)
 
     with monkeypatch.context() as patch:
         patch.setattr(Layers, "layer", layer)

@@ -29,10 +29,10 @@ from hf_gqaprune import (
     stream_statistics,
     unfinished,
 )
-from hf_gqaprune.layerwise import Spill
 from hf_gqaprune.plan import PruningPlan
 from hf_gqaprune.shard_writer import ShardWriter
 from hf_gqaprune.shards import WEIGHTS, read_header
+from hf_gqaprune.spill import Spill
 from hf_gqaprune.streamed_refit import Refit, streams_room
 from hf_gqaprune.streamed_statistics import _Pass
 

@@ -251,7 +251,7 @@ def _bound(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--memory", metavar="SIZE",
         help="bound on the memory of the GPU, or of the process where none is used, such as 8GiB: the model is read layer by "
-        "layer, the rest waits on disk",
+        "layer, the rest waits on disk, or beside a GPU in the memory of the host",
     )  # fmt: skip
     _device(group)
     group.add_argument(
