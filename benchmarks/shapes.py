@@ -31,6 +31,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "small": _LLAMA_3
     | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "tie_word_embeddings": False}
     | {"vocab_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 4, "bos_token_id": 0, "eos_token_id": 1},
+    # whose greedy removal costs little beside the tokens
+    "narrow": _LLAMA_3
+    | {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "tie_word_embeddings": False}
+    | {"vocab_size": 8192, "num_attention_heads": 8, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1},
     # for the tests of the benchmarks
     "tiny": _LLAMA_3
     | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "tie_word_embeddings": False}

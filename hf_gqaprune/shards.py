@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,7 @@ class Checkpoint:
         for file in self.files:
             self._open[file] = os.open(file, os.O_RDONLY)
             self._stack.callback(os.close, self._open[file])
+        self._reader = self._stack.enter_context(ThreadPoolExecutor(1))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -105,11 +107,22 @@ class Checkpoint:
         return tensor
 
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
-        """The tensor `name` in pieces of whole rows, 4 MiB or one row; [`WorkError`] as `read`."""
+        """The tensor `name` in pieces of whole rows, 4 MiB or one row; [`WorkError`] as `read`.
+
+        A thread reads and hashes the next one while one is used.
+        """
         stored = self.tensors[name]
-        hashed = Digest(stored.dtype, stored.shape)
-        for piece in pieces_of(self._open[stored.file], stored):
-            hashed.update(piece)
+        hashed, pieces = Digest(stored.dtype, stored.shape), pieces_of(self._open[stored.file], stored)
+
+        def following() -> torch.Tensor | None:
+            piece = next(pieces, None)
+            if piece is not None:
+                hashed.update(piece)
+            return piece
+
+        coming = self._reader.submit(following)
+        while (piece := coming.result()) is not None:
+            coming = self._reader.submit(following)
             yield piece
         self.digests[name] = hashed.hex()
 
