@@ -22,6 +22,8 @@ _UNITS = {
 }  # fmt: skip
 #: libraries, their workspaces, what the allocator keeps, and pieces of tensors that are only cut
 PROCESS = 3 << 28
+#: what libraries and the heap keep of each layer, whose sizes are its own: kernels, and gaps; measured: 4 MiB
+_KEPT = 6 << 20
 _SHORT = 256  # tokens of a window that is proposed where windows are what takes the memory
 
 
@@ -74,11 +76,12 @@ class Work:
             found["the embeddings"] = self._vocabulary() + 3 * self.batch * self.shape.hidden_size * self.itemsize
         if self.measured and self.measured.calibrated and self.windows:
             found["the head"] = self._head()
+        kept = _KEPT * len(self.shape.layers)
         for layer in set(self.shape.layers):
             if self.measured:
-                _most(found, "measuring a layer", self._measuring(self.measured, layer))
+                _most(found, "measuring a layer", kept + self._measuring(self.measured, layer))
             if self.refitted:
-                _most(found, "re-fitting a layer", self._refitting(layer))
+                _most(found, "re-fitting a layer", kept + self._refitting(layer))
         return found
 
     def peak(self) -> tuple[str, int]:
