@@ -7,7 +7,8 @@
     python benchmarks/scale.py llama-3.2-1b --measure in-memory --tokens 32768 -o RESULTS.json
 
 replay (default): each round measures, with cold caches, the floor (a sequential read of the checkpoint, then a sequential
-write of as many bytes as the pruned one has, synced) and `prune_checkpoint` of a random plan.
+write of as many bytes as the pruned one has, synced; through the cache, and with pages let go of at once) and
+`prune_checkpoint` of a random plan.
 streamed: statistics, plan and least-squares pruning, layer by layer: seconds, peak RSS and bytes of each stage.
 killed: the same, and again killed twice, while measuring and while re-fitting, and gone on with: the files of both.
 in-memory: statistics of the loaded model against bare forward and backward passes and bare moment products.
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -38,27 +40,41 @@ import hf_gqaprune as gp
 from hf_gqaprune.devices import choose
 from hf_gqaprune.files import write_json
 from hf_gqaprune.report import versions
+from hf_gqaprune.shard_writer import _BEHIND, _STRETCH
+from hf_gqaprune.shards import let_go
 
 BACKBONE_RATIO = 0.2
-_BLOCK = 1 << 26
+_BLOCK = 1 << 22
+_FLOORS = ("cached", "let go")
 #: where stages work before they are done
 _UNFINISHED = {"statistics": ".statistics.unfinished", "prune": ".pruned.unfinished"}
 
 
-def floor(checkpoint: Path, size: int, scratch: Path) -> dict[str, float]:
-    """Seconds of a sequential read of the weights in `checkpoint` and of a synced sequential write of `size` bytes."""
+def floor(checkpoint: Path, size: int, scratch: Path, caching: bool) -> dict[str, float]:
+    """Seconds of a sequential read of the weights in `checkpoint` and of a synced sequential write of `size` bytes.
+
+    With `caching` as any program does it; without, pages of the cache are let go of at once, as pruning does it: that is the
+    disk alone, and not also how fast new memory is found.
+    """
+    drop = (lambda *_: None) if caching else let_go
     forget(checkpoint)
+    # small enough for the processor's caches
     block = bytearray(_BLOCK)
+    left, sent = memoryview(block), deque([0])
     start = time.perf_counter()
     for path in sorted(checkpoint.glob("*.safetensors")):
         with path.open("rb", buffering=0) as stream:
-            while stream.readinto(block):
-                pass
+            while count := stream.readinto(block):
+                drop(stream.fileno(), stream.tell() - count, count)
     middle = time.perf_counter()
     with scratch.open("wb", buffering=0) as stream:
-        left = memoryview(block)
         while size:
             size -= stream.write(left[:size])
+            if stream.tell() - sent[-1] >= _STRETCH:
+                drop(stream.fileno(), sent[-1], _STRETCH)
+                sent.append(stream.tell())
+                if len(sent) > _BEHIND:
+                    drop(stream.fileno(), sent.popleft(), _STRETCH)
         os.fsync(stream.fileno())
     end = time.perf_counter()
     scratch.unlink()
@@ -143,16 +159,16 @@ def replay(folder: Path, repeat: int) -> dict[str, Any]:
     size = 2 * plan.after.parameters
     rounds = []
     for _ in range(repeat):
-        limits = floor(folder / "dense", size, folder / "scratch")
+        limits = {name: floor(folder / "dense", size, folder / "scratch", name == "cached") for name in _FLOORS}
         found = in_a_process("replay", folder / "dense", folder / "plan.json", folder / "pruned")
-        rounds.append({"floor": limits, "prune": found, "ratio": sum(limits.values()) / found["seconds"]})
-        print(
-            f"floor {limits['read']:.2f} s read + {limits['write']:.2f} s write, pruned in {found['seconds']:.2f} s: "
-            f"{rounds[-1]['ratio']:.2f} of the disk's rate, peak RSS {found['peak_rss'] / 2**20:.0f} MiB",
-            flush=True,
-        )
-    middle = statistics.median(r["ratio"] for r in rounds)
-    print(f"{middle:.2f} of the disk's rate (median of {repeat})")
+        ratios = {name: sum(limit.values()) / found["seconds"] for name, limit in limits.items()}
+        rounds.append({"floor": limits, "prune": found, "ratio": ratios})
+        for name, limit in limits.items():
+            print(f"{name}: {limit['read']:.2f} s read + {limit['write']:.2f} s write", end="; ")
+        print(f"pruned in {found['seconds']:.2f} s, peak RSS {found['peak_rss'] / 2**20:.0f} MiB", flush=True)
+    middle = {name: statistics.median(r["ratio"][name] for r in rounds) for name in _FLOORS}
+    for name, ratio in middle.items():
+        print(f"{ratio:.2f} of the rate of files {name} (median of {repeat})")
     return {"input_bytes": 2 * plan.before.parameters, "output_bytes": size, "ratio": middle, "rounds": rounds}
 
 

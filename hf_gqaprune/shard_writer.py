@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from .errors import UsageError, WorkError
-from .shards import DTYPES, Digest, StoredTensor, digest, memory_of, pieces_of
+from .shards import DTYPES, Digest, StoredTensor, digest, let_go, memory_of, pieces_of
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _AHEAD = 8  # pieces that wait to be written
+_STRETCH = 1 << 26  # bytes that are sent to the disk together
+_BEHIND = 4  # stretches that may be on their way there
 
 
 class ShardWriter:
@@ -74,6 +76,7 @@ class ShardWriter:
         self._open: dict[Path, int] = {}
         self._stack = ExitStack()
         self._pending: deque[Future[None]] = deque()
+        self._behind: deque[tuple[int, ...]] = deque()
 
     def __enter__(self) -> ShardWriter:
         for file_name, size in self.files.items():
@@ -106,20 +109,27 @@ class ShardWriter:
         """
         stored = self.tensors[name]
         hashed = Digest(stored.dtype, stored.shape)
-        position = stored.start
+        begun = position = stored.start
         for piece in pieces:
             whole = piece.contiguous()
             data = memory_of(whole)
             hashed.update(whole)
             self._later(_write, self._open[stored.file], stored.file, data, position)
             position += len(data)
+            if position - begun >= _STRETCH:
+                self._later(self._send, self._open[stored.file], begun, position - begun)
+                begun = position
         if position != stored.start + stored.nbytes:
             raise WorkError(f"{name} has {position - stored.start} bytes, {stored.nbytes} were laid out for it")
-        if hasattr(os, "posix_fadvise"):
-            # starts writing back now, while the next tensor is read, and keeps the cache for what will be read
-            file = self._open[stored.file]
-            self._later(os.posix_fadvise, file, stored.start, stored.nbytes, os.POSIX_FADV_DONTNEED)
+        self._later(self._send, self._open[stored.file], begun, position - begun)
         self.digests[name] = hashed.hex()
+
+    def _send(self, *stretch: int) -> None:
+        """Begin to write a stretch back, `(file, start, size)`, and let go of what should be on the disk by now."""
+        let_go(*stretch)
+        self._behind.append(stretch)
+        if len(self._behind) > _BEHIND:
+            let_go(*self._behind.popleft())
 
     def wait(self) -> None:
         """Wait until all that was given is written, though not yet on the disk; [`WorkError`] where that failed."""

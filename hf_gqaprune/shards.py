@@ -255,8 +255,17 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().view(-1).view(torch.uint8).numpy().data
 
 
+def let_go(file: int, start: int, size: int) -> None:
+    """Take a part of an open file out of the page cache, or begin to write it back; nothing where that cannot be said.
+
+    Its pages then serve what is read or written next: new ones can take longer than the disk, in a virtual machine say.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, start, size, os.POSIX_FADV_DONTNEED)
+
+
 def pieces_of(file: int, stored: StoredTensor) -> Iterator[torch.Tensor]:
-    """A tensor of an open file in pieces of whole rows; [`WorkError`] where it cannot be read."""
+    """A tensor of an open file in pieces of whole rows, read once; [`WorkError`] where it cannot be read."""
     if not stored.nbytes:
         return
     rows, *rest = stored.shape or (1,)
@@ -265,6 +274,7 @@ def pieces_of(file: int, stored: StoredTensor) -> Iterator[torch.Tensor]:
     for first in range(0, rows, step):
         piece = torch.empty((min(step, rows - first), *rest), dtype=stored.dtype)
         _read(file, stored, memory_of(piece), stored.start + first * size)
+        let_go(file, stored.start + first * size, len(piece) * size)
         yield piece
 
 

@@ -205,9 +205,14 @@ def _cut(pieces: Iterable[torch.Tensor], cut: tuple[int, torch.Tensor] | None) -
             begin, end = torch.searchsorted(index, torch.tensor([first, first + len(piece)])).tolist()
             yield piece if end - begin == len(piece) else piece.index_select(0, index[begin:end] - first)
         else:
-            # of columns, gather is several times as fast as index_select
-            yield piece if len(index) == piece.shape[1] else piece.gather(1, index.expand(len(piece), -1))
+            yield piece if len(index) == piece.shape[1] else _columns(piece, index)
         first += len(piece)
+
+
+def _columns(piece: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Columns of a piece; numpy takes them several times as fast as torch, of whole numbers of the same width."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[piece.element_size()]
+    return torch.from_numpy(piece.view(whole).numpy().take(index.numpy(), 1)).view(piece.dtype)
 
 
 def _stream(surgery: _Surgery, progress: Path, begun: dict[str, Any]) -> None:
