@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -92,7 +93,9 @@ class Aside:
     What fails is raised where its result is asked for, and nothing that was given after it is done.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, ahead: int = 1) -> None:
+        """`ahead`: what `later` was given and may still be undone."""
+        self._ahead, self._pending = ahead, deque[Future[Any]]()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._device, self._thread = device, ThreadPoolExecutor(1)
         self._failed: BaseException | None = None
@@ -107,6 +110,17 @@ class Aside:
         """Let the thread do `work` after what it was given before, once the device has computed its `arguments`."""
         ready = None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
         return self._thread.submit(self._do, ready, work, arguments)
+
+    def later(self, work: Callable[..., object], *arguments: Any) -> None:
+        """`submit` where no result is asked for; raises what failed before, as `wait` does."""
+        while len(self._pending) >= self._ahead:
+            self._pending.popleft().result()
+        self._pending.append(self.submit(work, *arguments))
+
+    def wait(self) -> None:
+        """Until all that `later` was given is done."""
+        while self._pending:
+            self._pending.popleft().result()
 
     def take_over(self, tensors: Iterable[torch.Tensor]) -> None:
         """Keep memory of `tensors` that the thread made from others until what is computed with it now is done."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .devices import CPU, Aside
 from .errors import UsageError, WorkError
 from .shards import DTYPES, Digest, StoredTensor, digest, let_go, memory_of, pieces_of
 
@@ -75,7 +75,6 @@ class ShardWriter:
             self.index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
         self._open: dict[Path, int] = {}
         self._stack = ExitStack()
-        self._pending: deque[Future[None]] = deque()
         self._behind: deque[tuple[int, ...]] = deque()
 
     def __enter__(self) -> ShardWriter:
@@ -93,7 +92,7 @@ class ShardWriter:
             except WorkError:
                 self._stack.close()
                 raise
-        self._thread = self._stack.enter_context(ThreadPoolExecutor(1))
+        self._thread = self._stack.enter_context(Aside(CPU, _AHEAD))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -114,14 +113,14 @@ class ShardWriter:
             whole = piece.contiguous()
             data = memory_of(whole)
             hashed.update(whole)
-            self._later(_write, self._open[stored.file], stored.file, data, position)
+            self._thread.later(_write, self._open[stored.file], stored.file, data, position)
             position += len(data)
             if position - begun >= _STRETCH:
-                self._later(self._send, self._open[stored.file], begun, position - begun)
+                self._thread.later(self._send, self._open[stored.file], begun, position - begun)
                 begun = position
         if position != stored.start + stored.nbytes:
             raise WorkError(f"{name} has {position - stored.start} bytes, {stored.nbytes} were laid out for it")
-        self._later(self._send, self._open[stored.file], begun, position - begun)
+        self._thread.later(self._send, self._open[stored.file], begun, position - begun)
         self.digests[name] = hashed.hex()
 
     def _send(self, *stretch: int) -> None:
@@ -133,14 +132,7 @@ class ShardWriter:
 
     def wait(self) -> None:
         """Wait until all that was given is written, though not yet on the disk; [`WorkError`] where that failed."""
-        while self._pending:
-            self._pending.popleft().result()
-
-    def _later(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Let the thread do `work` after what it was given before; of that only a little may still be undone."""
-        while len(self._pending) >= _AHEAD:
-            self._pending.popleft().result()
-        self._pending.append(self._thread.submit(work, *arguments))
+        self._thread.wait()
 
     def holds(self, name: str, expected: str) -> bool:
         """Whether the tensor `name` is already there with the digest `expected`; then it counts as written."""

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ from .torch_pruning import trace_units
 from .unfinished import PROGRESS, begin, drop, model_state, sha256, whole_folder, working_folder
 
 #: blocks and sequences that wait to be written or removed
-_AHEAD = 4
+_AHEAD = 5
 
 
 def stream_statistics(
@@ -178,13 +176,15 @@ class _Pass:
         self.slices = trace_units(source.layers)
         self.spill = Spill(working, layers.device, spare)
         # what a GPU has measured is written while it goes on
-        self.writer = None if layers.device == CPU else Aside(layers.device)
-        self.pending: deque[Future[None]] = deque()
+        self.writer = None if layers.device == CPU else Aside(layers.device, _AHEAD)
 
     def run(self) -> None:
-        with self.writer or nullcontext():
+        if self.writer is None:
             self._run()
-            self._wait()
+            return
+        with self.writer:
+            self._run()
+            self.writer.wait()
 
     def _run(self) -> None:
         from tqdm.auto import tqdm
@@ -302,15 +302,8 @@ class _Pass:
         """Do `work` after what was to be done before; on a GPU while it goes on with the next block."""
         if self.writer is None:
             work(*arguments)
-            return
-        while len(self.pending) > _AHEAD:
-            self.pending.popleft().result()
-        self.pending.append(self.writer.submit(work, *arguments))
-
-    def _wait(self) -> None:
-        """Until all is done; raises what failed."""
-        while self.pending:
-            self.pending.popleft().result()
+        else:
+            self.writer.later(work, *arguments)
 
 
 def _gradient(hidden: torch.Tensor) -> torch.Tensor:
