@@ -1,7 +1,7 @@
 """Symmetric positive definite matrices go in; their factors, inverses and solutions come out in the same memory.
 
-Of a matrix the lower triangle is read and replaced. Above `_BLOCK` rows the work goes block by block, so that beside a
-matrix there is a strip of it and never a second one; up to there LAPACK does it whole.
+Of a matrix the lower triangle is read and replaced. The work goes block by block, so that beside a matrix there is a strip
+of it and never a second one; LAPACK does whole what is no larger than a block.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch.linalg import solve_triangular
 
 _HALVES = (torch.bfloat16, torch.float16)
-#: rows and columns that are factored, inverted or solved with at once
-_BLOCK = 2048
+#: rows and columns that are factored, inverted or solved with at once; a GPU needs more of them to be busy
+_BLOCK, _GPU_BLOCK = 512, 2048
 #: rows of a second moment that are multiplied at once
-_STRIP = 1024
+_STRIP, _GPU_STRIP = 512, 1024
 
 
 def cholesky_(matrix: torch.Tensor) -> torch.Tensor:
@@ -32,15 +32,14 @@ def cholesky_(matrix: torch.Tensor) -> torch.Tensor:
     Raises:
         torch.linalg.LinAlgError: it is not positive definite.
     """
-    n = len(matrix)
-    for start, end in _blocks(0, n):
+    for start, end in _blocks(matrix):
         square = matrix[start:end, start:end]
         factor = torch.linalg.cholesky(square)
         square.copy_(factor + square.triu(1))
-        for first, last in _blocks(end, n):
+        for first, last in _blocks(matrix, end):
             rows = matrix[first:last, start:end]
             rows.copy_(solve_triangular(factor.T, rows, upper=True, left=False))
-        for first, last in _blocks(end, n):
+        for first, last in _blocks(matrix, end):
             rows = matrix[first:last, start:end]
             matrix[first:last, end:first].addmm_(rows, matrix[end:first, start:end].T, alpha=-1)
             matrix[first:last, first:last].sub_((rows @ rows.T).tril())
@@ -59,21 +58,20 @@ def invert_(matrix: torch.Tensor) -> torch.Tensor:
     Raises:
         torch.linalg.LinAlgError: it is not positive definite.
     """
-    n = len(matrix)
-    if n <= _BLOCK:
+    if len(matrix) <= _block(matrix):
         return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
     cholesky_(matrix)
     # L^-1, from the last columns to the first, each from its last rows to the first
-    for start, end in reversed(list(_blocks(0, n))):
+    for start, end in reversed(list(_blocks(matrix))):
         square = matrix[start:end, start:end]
         inverse = solve_triangular(square, torch.eye(end - start, dtype=matrix.dtype, device=matrix.device), upper=False)
-        for first, last in reversed(list(_blocks(end, n))):
+        for first, last in reversed(list(_blocks(matrix, end))):
             rows = matrix[first:last, first:last].tril() @ matrix[first:last, start:end]
             rows.addmm_(matrix[first:last, end:first], matrix[end:first, start:end])
             matrix[first:last, start:end] = -rows @ inverse
         square.copy_(inverse)
     # L^-T L^-1, from the first rows to the last: each needs the rows from its own on
-    for start, end in _blocks(0, n):
+    for start, end in _blocks(matrix):
         own = matrix[start:end, :end]
         own[:, start:].tril_()
         rows = own[:, start:].T @ own
@@ -92,14 +90,13 @@ def solve_(factor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     Returns:
         `(d, n)`, in the memory of `rows` where that is large.
     """
-    n = len(factor)
-    if n <= _BLOCK:
+    if len(factor) <= _block(factor):
         return torch.cholesky_solve(rows.T, factor).T
-    for start, end in _blocks(0, n):
+    for start, end in _blocks(factor):
         part = rows[:, start:end]
         part.addmm_(rows[:, :start], factor[start:end, :start].T, alpha=-1)
         part.copy_(solve_triangular(factor[start:end, start:end].T, part, upper=True, left=False))
-    for start, end in reversed(list(_blocks(0, n))):
+    for start, end in reversed(list(_blocks(factor))):
         part = rows[:, start:end]
         part.addmm_(rows[:, end:], factor[end:, start:end], alpha=-1)
         part.copy_(solve_triangular(factor[start:end, start:end], part, upper=False, left=False))
@@ -108,7 +105,7 @@ def solve_(factor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 def fill_(matrix: torch.Tensor) -> torch.Tensor:
     """Complete a symmetric `(n, n)` in place of which all but the squares along the diagonal lacks its upper half."""
-    for start, end in _blocks(0, len(matrix)):
+    for start, end in _blocks(matrix):
         matrix[:start, start:end] = matrix[start:end, :start].T
     return matrix
 
@@ -116,7 +113,7 @@ def fill_(matrix: torch.Tensor) -> torch.Tensor:
 def mirror_(matrix: torch.Tensor, *, from_upper: bool = False) -> torch.Tensor:
     """Make `(n, n)` symmetric in place, by its lower triangle or by its upper one."""
     lower = matrix.T if from_upper else matrix
-    for start, end in _blocks(0, len(matrix)):
+    for start, end in _blocks(matrix):
         lower[:start, start:end] = lower[start:end, :start].T
         square = lower[start:end, start:end]
         square.copy_(square.tril() + square.tril(-1).T)
@@ -145,9 +142,9 @@ def exact_products(*dtypes: torch.dtype) -> Iterator[None]:
 
 def gram_strips(x: torch.Tensor) -> Iterator[tuple[slice, slice]]:
     """Rows and columns that hold the lower triangle of x^T x, `x` being `(tokens, n)`: half of it and a little more."""
-    n = x.shape[1]
-    for start in range(0, n, _STRIP):
-        end = min(start + _STRIP, n)
+    n, step = x.shape[1], _STRIP if x.device.type == "cpu" else _GPU_STRIP
+    for start in range(0, n, step):
+        end = min(start + step, n)
         yield slice(start, end), slice(0, end)
 
 
@@ -182,15 +179,19 @@ def weighted_gram(weight: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
         metric: G, symmetric `(d, d)`, any float dtype.
     """
     w, g = weight.to(metric.device).double(), metric.double()
-    n = w.shape[1]
     # memory that is not written to is not taken
-    gram = torch.empty(n, n, dtype=torch.float64, device=g.device)
-    for start, end in _blocks(0, n):
+    gram = torch.empty(w.shape[1], w.shape[1], dtype=torch.float64, device=g.device)
+    for start, end in _blocks(gram):
         torch.mm(w[:, start:end].T @ g, w[:, :end], out=gram[start:end, :end])
     return gram
 
 
-def _blocks(start: int, end: int) -> Iterator[tuple[int, int]]:
-    """`start` to `end` in steps of `_BLOCK`."""
-    for first in range(start, end, _BLOCK):
-        yield first, min(first + _BLOCK, end)
+def _block(matrix: torch.Tensor) -> int:
+    return _BLOCK if matrix.device.type == "cpu" else _GPU_BLOCK
+
+
+def _blocks(matrix: torch.Tensor, start: int = 0) -> Iterator[tuple[int, int]]:
+    """The rows of a matrix from `start` on, block by block."""
+    n, step = len(matrix), _block(matrix)
+    for first in range(start, n, step):
+        yield first, min(first + step, n)

@@ -26,7 +26,7 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 #: outputs that a ridge is chosen by, where there are more than twice as many
 _SKETCH = 512
 #: rows that are converted or multiplied at once
-_ROWS = 2048
+_ROWS = 512
 _BLOCKS = {
     "attention": ("self_attn", "input_layernorm", ("q_proj", "k_proj", "v_proj"), "o_proj"),
     "mlp": ("mlp", "post_attention_layernorm", ("gate_proj", "up_proj"), "down_proj"),
@@ -59,7 +59,7 @@ class NormalEquations:
             x, t = (factors_of_products(rows.flatten(0, -2)) for rows in (x, t))
             for rows, columns in gram_strips(x):
                 self.gram[rows, columns] += product(x[:, rows].T, x[:, columns])
-            # a whole product in float64 would be as large as the sum
+            # a whole product would take half of what the sum does
             for total, some in zip(self.cross.split(_ROWS), t.split(_ROWS, 1), strict=True):
                 total += product(some.T, x)
         self.energy = self.energy + t.float().square().sum(dtype=torch.float64)

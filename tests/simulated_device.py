@@ -126,8 +126,8 @@ def compare(folder: Path) -> None:
     from hf_gqaprune.layer_importance import measure
     from hf_gqaprune.trainer.models import load_model, load_tokenizer, local_folder
 
-    factors._BLOCK = curvature._STRIP  # so that matrices have several blocks
-    factors._STRIP = 128
+    factors._BLOCK = factors._GPU_BLOCK = curvature._STRIP  # so that matrices have several blocks
+    factors._STRIP = factors._GPU_STRIP = 128
     tokenizer = load_tokenizer(local_folder("demo"))
     windows = gp.Calibration.from_text(tokenizer, "demo", samples=16, seq_len=64)
     dense = folder / "dense"

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from disk import files_of_at_most
 from recovering import SETTINGS, assert_equal_weights, prune_to, write_animals
@@ -33,23 +34,42 @@ def pruned(tmp_path: Path, dense: Path) -> Path:
 _CHILD = """
 import json, os, signal, sys
 from hf_gqaprune import recover
-from hf_gqaprune.trainer import train
-model, text, output, settings, at_the_end = json.loads(sys.argv[1])
+from hf_gqaprune.trainer import checkpoints, train
+model, text, output, settings, stop_at, at_the_end = json.loads(sys.argv[1])
+seal = checkpoints.seal
+def seal_and_stop(checkpoint):
+    seal(checkpoint)
+    if checkpoint.name == stop_at:
+        os.kill(os.getpid(), signal.SIGSTOP)
+checkpoints.seal = seal_and_stop
 if at_the_end:
     train._write_output = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 recover(model, [text], output, **settings)
 """
 
 
-def start(model: Path, text: str, out: Path, settings: dict[str, Any], at_the_end: bool = False) -> subprocess.Popen[str]:
-    """`recover` in a process of its own; `at_the_end`: it kills itself when all is trained and nothing written."""
-    arguments = json.dumps([str(model), text, str(out), settings, at_the_end], default=str)
+def start(
+    model: Path, text: str, out: Path, settings: dict[str, Any], stop_at: str = "", at_the_end: bool = False
+) -> subprocess.Popen[str]:
+    """`recover` in a process of its own.
+
+    It stops itself (SIGSTOP) behind the checkpoint `stop_at`; `at_the_end` it kills itself when all is trained and nothing
+    written.
+    """
+    arguments = json.dumps([str(model), text, str(out), settings, stop_at, at_the_end], default=str)
     return subprocess.Popen([sys.executable, "-c", _CHILD, arguments], stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(child: subprocess.Popen[str], checkpoint: Path) -> None:
     while not (checkpoint / checkpoints.MANIFEST).exists():
         assert child.poll() is None, "ended before it could be stopped"
+        time.sleep(0.005)
+
+
+def wait_until_stopped(child: subprocess.Popen[str]) -> None:
+    process = psutil.Process(child.pid)
+    while process.status() != psutil.STATUS_STOPPED:
+        assert child.poll() is None, "ended before it stopped itself"
         time.sleep(0.005)
 
 
@@ -65,8 +85,8 @@ def test_killed_three_times_it_ends_with_the_same_weights(pruned: Path, dense: P
     }  # fmt: skip
     out, work = tmp_path / "out", tmp_path / "out.training"
     for step in (2, 6):
-        child = start(pruned, text, out, {**settings, "resume": step > 2})
-        wait_for(child, work / f"checkpoint-{step}")
+        child = start(pruned, text, out, {**settings, "resume": step > 2}, stop_at=f"checkpoint-{step}")
+        wait_until_stopped(child)
         with pytest.raises(UsageError, match="another process trains in .*out.training: wait until it has ended"):
             recover(pruned, [text], out, resume=True, **settings)
         kill(child)
@@ -114,10 +134,11 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(pruned: Path, text: str, t
     settings = {**SETTINGS, "rank": 8, "max_tokens": 768 * 5, "checkpoints": 15, "held_out_tokens": 0}
     recover(pruned, [text], tmp_path / "straight", **settings)
     size = (tmp_path / "straight" / "adapter" / "adapter_model.safetensors").stat().st_size
-    child = start(pruned, text, out, settings)
-    wait_for(child, work / "checkpoint-2")
+    child = start(pruned, text, out, settings, stop_at="checkpoint-2")
+    wait_until_stopped(child)
     # from now on the adapter can be written; the optimizer's state, twice its size, cannot
     resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (size + size // 2, resource.RLIM_INFINITY))
+    child.send_signal(signal.SIGCONT)
     _, told = child.communicate()
     last = checkpoints.latest(work)
     assert last is not None
