@@ -16,7 +16,7 @@ from .files import check_room, refuse_existing, refuse_lost, size_on_disk, write
 from .memory import moments_room, parse_size
 from .plan import ModelShape
 from .preparation import Prepared
-from .unfinished import PROGRESS, begin, drop, refuse_unfinished, working_folder
+from .unfinished import PROGRESS, begun, drop, refuse_unfinished, working_folder
 
 if TYPE_CHECKING:
     from .plan import PruningPlan
@@ -42,11 +42,12 @@ def measured(prepared: Prepared, target: Path, *, overwrite: bool, resume: bool)
     kept = prepared.request.save_statistics
     place = refuse_existing(kept, False) if kept else target
     working = _measured_folder(place)
-    yield _stream(prepared, working, overwrite=overwrite, resume=resume)
-    if kept:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(working / "statistics", place)
-    drop(working)
+    with _streamed(prepared, working, overwrite=overwrite, resume=resume) as statistics:
+        yield statistics
+        if kept:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(working / "statistics", place)
+        drop(working)
 
 
 def prune_bounded(prepared: Prepared, output: str | Path, *, overwrite: bool, resume: bool) -> PruningPlan:
@@ -124,8 +125,9 @@ def _bounded(prepared: Prepared) -> AbstractContextManager[None]:
     return within(prepared.device, _WAY_OUT, parse_size(memory) if memory else None)
 
 
-def _stream(prepared: Prepared, working: Path, *, overwrite: bool, resume: bool) -> Statistics:
-    """Measure into `working`, or take what an interrupted call has measured there."""
+@contextmanager
+def _streamed(prepared: Prepared, working: Path, *, overwrite: bool, resume: bool) -> Iterator[Statistics]:
+    """Measure into `working`, or take what an interrupted call has measured there; until the block ends it is this call's."""
     from .layerwise import Layers
     from .statistics import Statistics
     from .streamed_statistics import made_from, stream_statistics
@@ -134,18 +136,17 @@ def _stream(prepared: Prepared, working: Path, *, overwrite: bool, resume: bool)
     folder, seed, device = prepared.folder, prepared.request.seed, prepared.device
     checkpoint = Layers(folder, load_config(folder)).checkpoint
     inputs = made_from(folder, checkpoint, prepared.calibration, prepared.measured, seed, device)
-    begun = begin(working, resume, overwrite, inputs)
-    working.mkdir(parents=True, exist_ok=True)
-    write_json(working / PROGRESS, begun)
     done = working / "statistics"
-    if done.exists():
-        return Statistics.load(done)
-    # what `begin` let through was begun with the same inputs
-    with _bounded(prepared):
-        return stream_statistics(
-            folder, prepared.calibration, done,
-            criterion=prepared.measured, seed=seed, resume=True, device=device, spare=_spare(prepared),
-        )  # fmt: skip
+    with begun(working, resume, overwrite, inputs) as noted:
+        write_json(working / PROGRESS, noted)
+        if not done.exists():
+            # what `begun` let through was begun with the same inputs
+            with _bounded(prepared):
+                stream_statistics(
+                    folder, prepared.calibration, done,
+                    criterion=prepared.measured, seed=seed, resume=True, device=device, spare=_spare(prepared),
+                )  # fmt: skip
+        yield Statistics.load(done)
 
 
 def _spare(prepared: Prepared) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -104,6 +104,10 @@ class Aside:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait until all that was submitted is done; nothing may be given after it."""
         self._thread.shutdown()
 
     def submit(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
@@ -145,6 +149,38 @@ class Aside:
             found = work(*arguments)
         self._stream.synchronize()
         return found
+
+
+class ReadAhead(Generic[T]):
+    """What is read piece by piece, by numbers; for a GPU a thread reads the next piece while one is used."""
+
+    def __init__(self, device: torch.device, read: Callable[[int], T], tensors: Callable[[T], Iterable[torch.Tensor]]) -> None:
+        """Nothing is read yet.
+
+        Args:
+            device: where pieces are used.
+            read: reads one, onto the device.
+            tensors: all that a piece holds.
+        """
+        self._read, self._tensors = read, tensors
+        self._reader = None if device == CPU else Aside(device)
+        self._coming: dict[int, Future[T]] = {}
+
+    def take(self, number: int, following: int | None) -> T:
+        """The piece `number`; `following` is the one that is asked for next, None after the last."""
+        if self._reader is None:
+            return self._read(number)
+        coming = self._coming.pop(number, None)
+        piece = self._read(number) if coming is None else coming.result()
+        self._reader.take_over(self._tensors(piece))
+        self._coming = {} if following is None else {following: self._reader.submit(self._read, following)}
+        return piece
+
+    def close(self) -> None:
+        """Nothing more is asked for: wait for the thread."""
+        self._coming.clear()
+        if self._reader is not None:
+            self._reader.close()
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -142,9 +142,7 @@ def exact_products(*dtypes: torch.dtype) -> Iterator[None]:
 
 def gram_strips(x: torch.Tensor) -> Iterator[tuple[slice, slice]]:
     """Rows and columns that hold the lower triangle of x^T x, `x` being `(tokens, n)`: half of it and a little more."""
-    n, step = x.shape[1], _STRIP if x.device.type == "cpu" else _GPU_STRIP
-    for start in range(0, n, step):
-        end = min(start + step, n)
+    for start, end in _stretches(0, x.shape[1], _STRIP if x.device.type == "cpu" else _GPU_STRIP):
         yield slice(start, end), slice(0, end)
 
 
@@ -192,6 +190,9 @@ def _block(matrix: torch.Tensor) -> int:
 
 def _blocks(matrix: torch.Tensor, start: int = 0) -> Iterator[tuple[int, int]]:
     """The rows of a matrix from `start` on, block by block."""
-    n, step = len(matrix), _block(matrix)
-    for first in range(start, n, step):
-        yield first, min(first + step, n)
+    return _stretches(start, len(matrix), _block(matrix))
+
+
+def _stretches(start: int, end: int, step: int) -> Iterator[tuple[int, int]]:
+    for first in range(start, end, step):
+        yield first, min(first + step, end)

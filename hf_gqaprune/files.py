@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import BaseFileLock, FileLock, Timeout
+
 from .errors import UsageError, WorkError
 
 if TYPE_CHECKING:
@@ -45,6 +47,23 @@ def refuse_lost(target: str | os.PathLike[str], inputs: Iterable[str | os.PathLi
         if Path(path).exists() and (found := Path(path).resolve()).is_relative_to(replaced):
             where = "" if found == replaced else f" lies in {target} and"
             raise UsageError(f"{path}{where} would be replaced by the output: choose another output")
+
+
+def lock(folder: Path) -> BaseFileLock:
+    """Take `folder`, which is there, for this call, until the lock is released or the process ends.
+
+    Raises:
+        UsageError: another call works there, in a process that is alive.
+        WorkError: nothing can be written there.
+    """
+    taken = FileLock(folder / "lock")
+    try:
+        taken.acquire(blocking=False)
+    except Timeout:
+        raise UsageError(f"another process works in {folder}: wait until it has ended") from None
+    except OSError as error:
+        raise WorkError(f"cannot write in {folder}: {error.strerror}") from error
+    return taken
 
 
 @contextmanager

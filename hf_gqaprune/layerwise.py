@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .calibration import split_batches
-from .devices import CPU, Aside, trim
+from .devices import CPU, ReadAhead, trim
 from .errors import UsageError
 from .measurement import check_finite
 from .shards import Checkpoint
@@ -55,17 +54,14 @@ class Layers:
         # what the config says, else what the first by file and name is
         self.dtype: torch.dtype = config.dtype or min(floats, key=lambda stored: (stored.file, stored.name)).dtype
         self._stack = ExitStack()
-        self._reader: Aside | None = None
-        self._ahead: dict[int, Future[dict[str, torch.Tensor]]] = {}
 
     def __enter__(self) -> Layers:
         self._stack.enter_context(self.checkpoint)
-        if self.device != CPU:
-            self._reader = self._stack.enter_context(Aside(self.device))
+        self._weights = ReadAhead(self.device, self._read, dict[str, torch.Tensor].values)
+        self._stack.callback(self._weights.close)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._ahead.clear()
         self._stack.close()
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -86,16 +82,11 @@ class Layers:
         layers: Any = self._skeleton.get_decoder().layers
         # the layer before would leave the heap a little larger
         trim()
-        ahead = self._ahead.pop(index, None)
-        state = self._weights(index) if ahead is None else ahead.result()
-        if self._reader is not None:
-            self._reader.take_over(state.values())
-            if following is not None and 0 <= following < len(layers):
-                self._ahead = {following: self._reader.submit(self._weights, following)}
-        with placed(layers[index], state):
+        there = following is not None and 0 <= following < len(layers)
+        with placed(layers[index], self._weights.take(index, following if there else None)):
             yield layers[index]
 
-    def _weights(self, index: int) -> dict[str, torch.Tensor]:
+    def _read(self, index: int) -> dict[str, torch.Tensor]:
         """Of a layer, on the device, by the names within it."""
         layer: Any = self._skeleton.get_decoder().layers[index]
         # old checkpoints hold more, such as the frequencies of the position embeddings

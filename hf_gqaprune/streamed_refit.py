@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import Future
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .devices import CPU, Aside
+from .devices import ReadAhead
 from .files import write_json
 from .layerwise import Layers, batches_of, placed
 from .plan import LayerPlan
@@ -45,8 +45,7 @@ class Refit:
         self.spill = Spill(working / "streams", layers.device, spare)
         self.walk: Walk | None = None
         self.differs = False
-        self._reader = None if layers.device == CPU else Aside(layers.device)
-        self._ahead: dict[int, Future[dict[str, Moments]]] = {}
+        self._moments = ReadAhead(layers.device, self._read, _tensors)
 
     def begin(self, first: int) -> int:
         """Stand before the layer `first`, or before an earlier one where its streams are not there: which one it is."""
@@ -77,7 +76,8 @@ class Refit:
         with self.layers.layer(index, index + 1) as dense:
             weights = dict(dense.state_dict())
             self.statistics.check_weights(index, weights)
-            new = prune_layer(weights, kept, slices, self._moments(index))
+            following = index + 1 if index + 1 < len(self.statistics.source.layers) else None
+            new = prune_layer(weights, kept, slices, self._moments.take(index, following))
             if self.walk is None:
                 return new
             layer = self.pruned.get_decoder().layers[index]
@@ -90,15 +90,8 @@ class Refit:
             write_json(self._note(index + 1), {**names, "differs": self.differs})
         return new
 
-    def _moments(self, index: int) -> dict[str, Moments]:
-        """Of a layer; on a GPU those of the next are read in the meantime."""
-        if self._reader is None:
-            return self.statistics.read(index, self.layers.device)
-        ahead = self._ahead.pop(index, None)
-        found = ahead.result() if ahead else self.statistics.read(index, self.layers.device)
-        self._reader.take_over(tensor for moments in found.values() for tensor in moments.tensors())
-        self._ahead = {index + 1: self._reader.submit(self.statistics.read, index + 1, self.layers.device)}
-        return found
+    def _read(self, index: int) -> dict[str, Moments]:
+        return self.statistics.read(index, self.layers.device)
 
     def finished(self, index: int) -> None:
         """The layer's weights are safe: what came before it may go."""
@@ -122,3 +115,8 @@ class Refit:
     def _note(self, index: int) -> Path:
         """Which streams there are before a layer."""
         return self.spill.folder / f"before-{index}.json"
+
+
+def _tensors(layer: dict[str, Moments]) -> Iterator[torch.Tensor]:
+    for moments in layer.values():
+        yield from moments.tensors()

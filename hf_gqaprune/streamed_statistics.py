@@ -30,7 +30,7 @@ from .shards import Checkpoint
 from .spill import Spill, holds
 from .statistics import KINDS, BlockStatistics, Statistics, block_file, packed_block, weight_digest, write_block
 from .torch_pruning import trace_units
-from .unfinished import PROGRESS, begin, drop, model_state, sha256, whole_folder, working_folder
+from .unfinished import PROGRESS, begun, drop, model_state, resumable, sha256, whole_folder, working_folder
 
 #: blocks and sequences that wait to be written or removed
 _AHEAD = 5
@@ -93,12 +93,11 @@ def stream_statistics(
     if calibration is not None:
         check_tokens(calibration, source)
     working = working_folder(target)
-    begun = begin(working, resume, overwrite, made_from(folder, layers.checkpoint, calibration, criterion, seed, device))
-    held = holds(device, spare)
-    check_room(working, room(source, layers.dtype, calibration, CRITERIA[criterion], held), "the statistics and activations")
-    try:
-        working.mkdir(parents=True, exist_ok=True)
-        write_json(working / PROGRESS, begun)
+    made = made_from(folder, layers.checkpoint, calibration, criterion, seed, device)
+    needed = room(source, layers.dtype, calibration, CRITERIA[criterion], holds(device, spare))
+    with begun(working, resume, overwrite, made) as noted, resumable(working):
+        check_room(working, needed, "the statistics and activations")
+        write_json(working / PROGRESS, noted)
         whole = whole_folder(working)
         with layers:
             _Pass(layers, source, calibration, criterion, seed, working, spare).run()
@@ -116,9 +115,6 @@ def stream_statistics(
         refuse_existing(target, overwrite)
         put_in_place(whole, target)
         drop(working)
-    except (OSError, WorkError) as error:
-        reason = " ".join(str(error).split())
-        raise WorkError(f"{reason}; what was finished is in {working}: pass --resume to go on, or delete it") from error
     return Statistics.load(target)
 
 
@@ -147,7 +143,7 @@ def made_from(
     seed: int,
     device: torch.device,
 ) -> dict[str, str]:
-    """What the statistics of a model depend on, as `unfinished.begin` compares it."""
+    """What the statistics of a model depend on, as `unfinished.begun` compares it."""
     return {
         "model": model_state(folder, checkpoint),
         "calibration": sha256(calibration and calibration.ids.tolist()),

@@ -15,7 +15,7 @@ import torch
 
 from . import identity
 from .devices import CPU, to_host
-from .errors import UsageError, WorkError
+from .errors import UsageError
 from .files import check_room, put_in_place, refuse_existing, refuse_lost, write_json, write_text
 from .layerwise import Layers, expected_tensors, layer_prefix
 from .plan import LayerPlan, PruningPlan
@@ -26,7 +26,7 @@ from .statistics import Statistics
 from .streamed_refit import Refit, streams_room
 from .surgery import check_compensation, pruned_config
 from .torch_pruning import UnitSlices, trace_units
-from .unfinished import PROGRESS, begin, drop, model_state, sha256, whole_folder, working_folder
+from .unfinished import PROGRESS, begun, drop, model_state, resumable, sha256, whole_folder, working_folder
 
 if TYPE_CHECKING:
     from .modeling_pruned_llama import PrunedLlamaForCausalLM
@@ -104,19 +104,17 @@ def prune_checkpoint(
         "statistics": sha256(refitted and refitted.identity()),
         "device": sha256(refitted and device.type),
     }
-    begun = begin(working, resume, overwrite, inputs, ("read", "written"))
     walked = refitted.calibration if refitted else None
     streams = 0 if walked is None else streams_room(walked.tokens, config.hidden_size, layers.dtype, holds(device, spare))
-    check_room(working, sum(writer.files.values()) + streams, "the pruned weights")
-    try:
-        working.mkdir(parents=True, exist_ok=True)
-        write_json(working / PROGRESS, begun)
+    with begun(working, resume, overwrite, inputs, ("read", "written")) as noted, resumable(working):
+        check_room(working, sum(writer.files.values()) + streams, "the pruned weights")
+        write_json(working / PROGRESS, noted)
         whole = whole_folder(working)
         with layers, writer:
-            _resume(checkpoint, writer, begun)
+            _resume(checkpoint, writer, noted)
             refit = Refit(layers, pruned, refitted, working, spare) if refitted else None
             steps = _steps(plan, checkpoint, writer)
-            _stream(_Surgery(checkpoint, writer, plan, layers.dtype, steps, refit), working / PROGRESS, begun)
+            _stream(_Surgery(checkpoint, writer, plan, layers.dtype, steps, refit), working / PROGRESS, noted)
             writer.sync()
         _write_around(pruned, folder, whole, checkpoint, writer)
         for name in writer.files:
@@ -125,9 +123,6 @@ def prune_checkpoint(
         refuse_existing(target, overwrite)
         put_in_place(whole, target)
         drop(working)
-    except (OSError, WorkError) as error:
-        reason = " ".join(str(error).split())
-        raise WorkError(f"{reason}; what was finished is in {working}: pass --resume to go on, or delete it") from error
     return target
 
 
@@ -215,7 +210,7 @@ def _columns(piece: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(piece.view(whole).numpy().take(index.numpy(), 1)).view(piece.dtype)
 
 
-def _stream(surgery: _Surgery, progress: Path, begun: dict[str, Any]) -> None:
+def _stream(surgery: _Surgery, progress: Path, noted: dict[str, Any]) -> None:
     """Take every step that is not done yet, and note each when it is."""
     from tqdm.auto import tqdm
 
@@ -231,7 +226,7 @@ def _stream(surgery: _Surgery, progress: Path, begun: dict[str, Any]) -> None:
         surgery.take(step, slices)
         # the next layer may be read already
         read = dict(surgery.checkpoint.digests)
-        write_json(progress, {**begun, "read": read, "written": surgery.writer.digests})
+        write_json(progress, {**noted, "read": read, "written": surgery.writer.digests})
         if surgery.refit is not None and step.layer is not None:
             surgery.writer.wait()
             surgery.refit.finished(step.layer)
@@ -255,10 +250,10 @@ def _steps(plan: PruningPlan, checkpoint: Checkpoint, writer: ShardWriter) -> tu
     return tuple(sorted(steps, key=lambda step: place[step.reads[0]]))
 
 
-def _resume(checkpoint: Checkpoint, writer: ShardWriter, begun: dict[str, Any]) -> None:
+def _resume(checkpoint: Checkpoint, writer: ShardWriter, noted: dict[str, Any]) -> None:
     """Take over what was read, and what was written as far as it is on the disk as it should be."""
-    checkpoint.digests |= begun["read"]
-    for name, digest in begun["written"].items():
+    checkpoint.digests |= noted["read"]
+    for name, digest in noted["written"].items():
         if name in writer.tensors:
             writer.holds(name, digest)
 

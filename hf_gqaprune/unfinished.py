@@ -6,11 +6,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from .errors import UsageError, WorkError
+from .files import lock
 from .shards import Checkpoint
 
 PROGRESS = "progress.json"
@@ -24,21 +26,53 @@ def working_folder(target: Path) -> Path:
     return target.parent / f".{target.name}.unfinished"
 
 
-def begin(
+@contextmanager
+def begun(
     working: Path, resume: bool, overwrite: bool, inputs: dict[str, str], notes: Sequence[str] = ()
-) -> dict[str, Any]:
-    """What an interrupted call noted: `version`, `inputs` and a dictionary for each of `notes`, empty without such a call.
+) -> Iterator[dict[str, Any]]:
+    """Let no other call work in `working` until the block ends, and yield what an interrupted one noted there.
+
+    That is `version`, `inputs` and a dictionary for each of `notes`, empty without such a call; the block writes it as
+    `PROGRESS` once it has something to keep. Without that the folder goes when the block fails.
 
     Raises:
-        UsageError: there was one, and this call is not told to go on with it or was given other `inputs`.
+        UsageError: there was one, and this call is not told to go on with it or was given other `inputs`; or it is at work.
+        WorkError: the folder cannot be made.
     """
-    path = working / PROGRESS
-    fresh: dict[str, Any] = {"version": VERSION, "inputs": inputs, **{name: {} for name in notes}}
     refuse_unfinished(working, resume, overwrite)
-    if not (resume and path.exists()):
+    if not (resume and (working / PROGRESS).exists()):
         # without its progress a folder is what is left of one that was being removed
         drop(working)
-        return fresh
+    try:
+        working.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WorkError(f"cannot write {working}: {error.strerror}") from error
+    taken = lock(working)
+    try:
+        yield _noted(working, inputs, notes)
+    except BaseException:
+        if not (working / PROGRESS).exists():
+            drop(working)
+        raise
+    finally:
+        taken.release()
+
+
+@contextmanager
+def resumable(working: Path) -> Iterator[None]:
+    """Say of what fails in the block, as [`WorkError`], that what was finished is in `working`."""
+    try:
+        yield
+    except (OSError, WorkError) as error:
+        reason = " ".join(str(error).split())
+        raise WorkError(f"{reason}; what was finished is in {working}: pass --resume to go on, or delete it") from error
+
+
+def _noted(working: Path, inputs: dict[str, str], notes: Sequence[str]) -> dict[str, Any]:
+    """What `begun` yields."""
+    path = working / PROGRESS
+    if not path.exists():
+        return {"version": VERSION, "inputs": inputs, **{name: {} for name in notes}}
     try:
         noted: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         made_from = noted["inputs"] if noted["version"] == VERSION else {}
@@ -73,7 +107,9 @@ def drop(working: Path) -> None:
 
 
 def refuse_unfinished(working: Path, resume: bool, overwrite: bool) -> None:
-    """Raise [`UsageError`] where an interrupted call left `working`, and this one neither goes on with it nor drops it."""
+    """Raise [`UsageError`] where a call works in `working`, or left it and this one neither goes on with it nor drops it."""
+    if working.is_dir():
+        lock(working).release()
     if (working / PROGRESS).exists() and not (resume or overwrite):
         raise UsageError(f"{working} is of an interrupted call: pass --resume to go on with it, or delete it")
 

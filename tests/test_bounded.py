@@ -104,8 +104,8 @@ def larger(place: Path, tokenizer: Any) -> Path:
     return place
 
 
-def killed(line: list[str], when: Callable[[], bool]) -> None:
-    """Run a command in a process of its own and kill it as soon as `when`."""
+def killed(line: list[str], when: Callable[[], bool], meanwhile: Callable[[], None]) -> None:
+    """Run a command in a process of its own, stop it as soon as `when`, and kill it after `meanwhile`."""
     code = "import sys, torch; torch.set_num_threads(1); from hf_gqaprune.cli import main; sys.exit(main(sys.argv[1:]))"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -113,21 +113,33 @@ def killed(line: list[str], when: Callable[[], bool]) -> None:
     )  # fmt: skip
     while process.poll() is None and not when():
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        meanwhile()
+    finally:
+        process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
 
 
-def test_killed_while_measuring_and_while_pruning(larger: Path) -> None:
+def test_killed_while_measuring_and_while_pruning(larger: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = larger
     line = command(place, "prune", "out", *MEMORY)
     assert main(command(place, "prune", "whole", "--compensation", "least_squares")) == 0
     statistics = place / ".out.measured" / ".statistics.unfinished"
-    killed(line, lambda: (statistics / "gradient-8").exists())
+
+    def refused_while_it_works() -> None:
+        for flags in ((), ("--resume",), ("--overwrite",)):
+            before = contents(place)
+            assert "another process works in" in refused(capsys, [*line, *flags])
+            assert contents(place) == before
+
+    killed(line, lambda: (statistics / "gradient-8").exists(), refused_while_it_works)
     assert not (place / "out").exists() and not (place / ".out.measured" / "statistics").exists()
     first = {path.name: path.stat().st_mtime_ns for path in statistics.glob("layer-01*")}
     assert len(first) == 4
     progress = place / ".out.unfinished" / "progress.json"
-    killed([*line, "--resume"], lambda: progress.exists() and "layers.1." in progress.read_text())
+    written = "layers.1."
+    killed([*line, "--resume"], lambda: progress.exists() and written in progress.read_text(), refused_while_it_works)
     assert not (place / "out").exists()
     done = place / ".out.measured" / "statistics"
     # what was measured before the first kill was not measured again

@@ -87,7 +87,7 @@ def test_killed_three_times_it_ends_with_the_same_weights(pruned: Path, dense: P
     for step in (2, 6):
         child = start(pruned, text, out, {**settings, "resume": step > 2}, stop_at=f"checkpoint-{step}")
         wait_until_stopped(child)
-        with pytest.raises(UsageError, match="another process trains in .*out.training: wait until it has ended"):
+        with pytest.raises(UsageError, match="another process works in .*out.training: wait until it has ended"):
             recover(pruned, [text], out, resume=True, **settings)
         kill(child)
         assert not out.exists()

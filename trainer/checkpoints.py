@@ -8,29 +8,12 @@ import re
 import shutil
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, Timeout
-
-from ..errors import UsageError
 from ..files import write_json
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-
-
-def lock(work: Path) -> BaseFileLock:
-    """Take the folder of a training for this process, until the lock is released or the process ends.
-
-    Raises:
-        UsageError: a process that is alive trains there.
-    """
-    taken = FileLock(work / "lock")
-    try:
-        taken.acquire(blocking=False)
-    except Timeout:
-        raise UsageError(f"another process trains in {work}: wait until it has ended") from None
-    return taken
 
 
 def seal(checkpoint: Path) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 import yaml
 
 from ..errors import UsageError, unknown
-from ..files import refuse_existing, refuse_lost
+from ..files import lock, refuse_existing, refuse_lost
 from ..inputs import text_paths
-from .checkpoints import lock
 from .models import check_trackers, check_weights, load_config, local_folder, quantization
 from .presets import PRESET_DATA, Settings, resolve
 

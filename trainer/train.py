@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 
 from .. import identity
 from ..errors import UsageError, WorkError
-from ..files import new_folder, write_json, write_text
+from ..files import lock, new_folder, write_json, write_text
 from ..provenance import LOG_FILE
 from . import checkpoints
 from .blockwise import EPOCHS, reconstruct
@@ -90,11 +91,12 @@ def plan_steps(request: Request, rows: int, processes: int) -> Steps:
 
 def train(request: Request) -> Path:
     """Run `request` in this process, or in each process of `accelerate launch`, and return `request.output`."""
-    with quiet():
-        return _train(request)
+    with quiet(), ExitStack() as held:
+        return _train(request, held)
 
 
-def _train(request: Request) -> Path:
+def _train(request: Request, held: ExitStack) -> Path:
+    """`train`; what must be let go of however it ends is put on `held`."""
     from accelerate import PartialState
 
     state = PartialState(cpu=not has_accelerator())
@@ -104,7 +106,7 @@ def _train(request: Request) -> Path:
     steps = plan_steps(request, len(data.train), state.num_processes)
     base = identity.fingerprint(folder) if state.is_main_process else ""
     if state.is_main_process:
-        lock = _prepare(request, base)
+        held.callback(_prepare(request, base).release)
     state.wait_for_everyone()
     last = checkpoints.latest(request.work)
     state.wait_for_everyone()
@@ -129,7 +131,6 @@ def _train(request: Request) -> Path:
             finish(trained)
             log = training_log(request, data, trainer, steps, seconds)
             _write_output(request, folder, trained, log)
-            lock.release()
     except (OSError, SafetensorError) as error:
         raise WorkError(
             f"{request.output} could not be written ({error}; {checkpoints.free_space(request.work)}); the training is kept "
@@ -299,7 +300,7 @@ def _prepare(request: Request, base: str) -> BaseFileLock:
     if request.work.exists() and not (request.resume and record.exists()):
         shutil.rmtree(request.work)
     request.work.mkdir(parents=True, exist_ok=True)
-    lock = checkpoints.lock(request.work)
+    taken = lock(request.work)
     if not record.exists():
         write_text(record, yaml.safe_dump({**request.to_dict(), "base_fingerprint": base}, sort_keys=False))
     elif yaml.safe_load(record.read_text(encoding="utf-8")).get("base_fingerprint") != base:
@@ -307,7 +308,7 @@ def _prepare(request: Request, base: str) -> BaseFileLock:
             f"the weights in {request.model} are not those that {request.work} was started with: start anew with "
             "--overwrite and without --resume"
         )
-    return lock
+    return taken
 
 
 def _evaluated_last(trainer: RecoveryTrainer) -> bool:
