@@ -19,12 +19,17 @@ if TYPE_CHECKING:
     import torch
 
 
+#: of which a folder that is replaced holds one: a checkpoint, an adapter, statistics, a run
+_HEADS = ("config.json", "adapter_config.json", "statistics.json", "run.json")
+
+
 def refuse_existing(path: str | os.PathLike[str], overwrite: bool, flag: str = "--overwrite") -> Path:
     """Return `path`, where something may be written.
 
     Raises:
-        UsageError: it exists (an empty folder counts as absent) and `overwrite` is false; it cannot be made, or not be
-            replaced by a rename, as a mounted disk or the folder in which this process stands.
+        UsageError: it exists (an empty folder counts as absent) and `overwrite` is false, or it is a folder of something
+            else than what is written here; it cannot be made, or not be replaced by a rename, as a mounted disk or the
+            folder in which this process stands.
     """
     target = Path(path)
     occupied = target.exists() and not (target.is_dir() and not any(target.iterdir()))
@@ -32,6 +37,11 @@ def refuse_existing(path: str | os.PathLike[str], overwrite: bool, flag: str = "
         raise UsageError(f"{target} exists already: choose another output or pass {flag}")
     if target.exists() and (os.path.ismount(target) or target.resolve() == Path.cwd()):
         raise UsageError(f"{target} is a mounted disk or the current folder, which stays: name a folder in it")
+    if occupied and target.is_dir() and not any((target / name).is_file() for name in _HEADS):
+        raise UsageError(
+            f"{target} is a folder without {', '.join(_HEADS[:-1])} or {_HEADS[-1]}, so it is not replaced: choose another "
+            "output, or delete it yourself"
+        )
     place = next(parent for parent in target.absolute().parents if parent.exists())
     if not place.is_dir():
         raise UsageError(f"{target} cannot be written: {place} is a file")

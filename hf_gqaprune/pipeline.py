@@ -259,10 +259,10 @@ class _Stages:
 
 def _check_output(folder: Path, resume: bool, overwrite: bool) -> None:
     """Refuse a folder that would be replaced without being asked, or that no run has written."""
-    refuse_existing(folder, overwrite or resume)
     # a recipe.yaml may be the user's own; run.json is written by a run alone
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / STATE).exists()):
         raise UsageError(f"{folder} is not the output of a run: choose another output")
+    refuse_existing(folder, overwrite or resume)
 
 
 def _request(recipe: Recipe) -> PruneRequest:

@@ -114,6 +114,16 @@ def test_saved_plans_and_statistics_stay(place: Path, capsys: pytest.CaptureFixt
         assert f"{lost} lies in out" in refused(capsys, place, ["prune", "model", *flags, "-o", "out", "--overwrite"])
 
 
+def test_only_what_is_made_here_is_replaced(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["prune", "model", "--ratio", "0.3", "--criterion", "magnitude", "--compensation", "none", "--overwrite", "-o"]
+    (place / "thesis").mkdir()
+    (place / "thesis" / "chapter.tex").write_text("hard work")
+    for flags in ((), ("--memory", "2GiB")):
+        assert "thesis is a folder without config.json, " in refused(capsys, place, [*line, "thesis", *flags])
+    for _ in range(2):
+        assert main([*line, "pruned"]) == 0
+
+
 def test_a_plan_is_one_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["plan", "model", "--backbone-ratio", "0.3", "--criterion", "magnitude", "--overwrite", "-o"]
     (place / "empty").mkdir()

@@ -271,6 +271,9 @@ def test_an_output_that_exists_is_refused_before_any_work(dense: Path, text: str
     (tmp_path / "out" / "file").touch()
     with pytest.raises(UsageError, match="exists already"):
         recover(dense, [text], tmp_path / "out", **SETTINGS)
+    with pytest.raises(UsageError, match="out is a folder without config.json"):
+        recover(dense, [text], tmp_path / "out", overwrite=True, **SETTINGS)
+    (tmp_path / "out" / "config.json").touch()
     recover(dense, [text], tmp_path / "out", overwrite=True, **SETTINGS)
     assert not (tmp_path / "out" / "file").exists()
 

@@ -253,6 +253,7 @@ def test_statistics_of_other_weights_are_refused(place: Path, measured: tuple[Pr
 
 def test_inputs_are_not_lost_in_what_is_replaced(place: Path, measured: tuple[PruningPlan, Statistics]) -> None:
     plan, statistics = measured
+    (place / "config.json").touch()
     before = contents(place)
     for output in (place / "dense", place):
         with pytest.raises(UsageError, match="dense.* would be replaced by the output: choose another"):
