@@ -16,6 +16,7 @@ from .files import check_room, refuse_existing, refuse_lost, size_on_disk, write
 from .memory import moments_room, parse_size
 from .plan import ModelShape
 from .preparation import Prepared
+from .provenance import record
 from .unfinished import PROGRESS, begun, drop, refuse_unfinished, working_folder
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ def prune_bounded(prepared: Prepared, output: str | Path, *, overwrite: bool, re
     refuse_lost(target, [prepared.folder, *filter(None, [request.statistics])])
     compensation = request.fitting
     if prepared.plan is not None and compensation == "none":
-        prune_checkpoint(prepared.folder, prepared.plan, target, overwrite=overwrite, resume=resume)
+        prune_checkpoint(
+            prepared.folder, prepared.plan, target, overwrite=overwrite, resume=resume, known=record(prepared)
+        )
         return prepared.plan
     _check_room(prepared, target)
     with measured(prepared, target, overwrite=overwrite, resume=resume) as statistics:
@@ -79,6 +82,7 @@ def prune_bounded(prepared: Prepared, output: str | Path, *, overwrite: bool, re
             prune_checkpoint(
                 prepared.folder, plan, target, moments,
                 compensation=compensation, overwrite=overwrite, resume=resume, device=prepared.device, spare=_spare(prepared),
+                known=record(prepared),
             )  # fmt: skip
     return plan
 

@@ -47,7 +47,7 @@ def write(folder: str | os.PathLike[str], **values: Any) -> None:
 
 
 def read(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The content of `gqaprune.json` in `folder`, None where there is none; [`UsageError`] where it is unreadable."""
+    """`gqaprune.json` in `folder` but for its version, None where there is none; [`UsageError`] where it is unreadable."""
     path = Path(folder) / FILE
     if not path.exists():
         return None
@@ -55,6 +55,6 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise UsageError(f"{path} is not readable: {error}") from error
-    if not isinstance(data, dict) or data.get("version") != VERSION:
+    if not isinstance(data, dict) or data.pop("version", None) != VERSION:
         raise UsageError(f"{path} is not of version {VERSION}")
     return data

@@ -23,7 +23,7 @@ from .files import new_folder, refuse_existing, refuse_lost, write_json, write_t
 from .inputs import text_paths
 from .measuring import PLOT, REPORT, Measurement, measure, refuse_same_names, refuse_seen, write_report
 from .preparation import Prepared, PruneRequest, prepare
-from .provenance import calibrated_on, note, seen
+from .provenance import calibrated_on, record, seen
 from .recipe import Recipe, RecoverRecipe
 from .shards import Checkpoint
 from .unfinished import model_state
@@ -141,9 +141,7 @@ def prune_model(
     prepared = prepare(request)
     _refuse_lost(output, prepared)
     if request.streamed:
-        plan = prune_bounded(prepared, output, overwrite=overwrite, resume=resume)
-        note(output, prepared)
-        return plan
+        return prune_bounded(prepared, output, overwrite=overwrite, resume=resume)
     with within(prepared.device, _WAY_OUT):
         model = _loaded(prepared)
         plan, statistics = decide(prepared, model)
@@ -152,8 +150,8 @@ def prune_model(
         base = identity.fingerprint(prepared.folder)
         with new_folder(output, overwrite) as scratch:
             whole = PruningPlan.from_dict(pruned.prune_plan)
-            write_checkpoint(pruned, prepared.folder, scratch, plan_hash=whole.hash(), base_fingerprint=base)
-            note(scratch, prepared)
+            known = {"plan_hash": whole.hash(), "base_fingerprint": base, **record(prepared)}
+            write_checkpoint(pruned, prepared.folder, scratch, **known)
     ranks.wait()
     return plan
 

@@ -16,19 +16,14 @@ if TYPE_CHECKING:
 LOG_FILE = "training_log.json"
 
 
-def note(output: str | Path, prepared: Prepared) -> None:
-    """Write into `gqaprune.json` of a pruned checkpoint which text was calibrated on, the seed and the compensation.
+def record(prepared: Prepared) -> dict[str, Any]:
+    """For `gqaprune.json` of what a request prunes: which text was calibrated on, the seed and the compensation.
 
     What was calibrated on before, where the model was pruned already, stays.
     """
-    known = identity.read(output) or {}
-    known.pop("version", None)
-    earlier = known.get("calibration", [])
+    earlier = (identity.read(prepared.folder) or {}).get("calibration", [])
     calibration = [*earlier, *(source for source in calibrated_on(prepared) if source not in earlier)]
-    request = prepared.request
-    identity.write(
-        output, **{**known, "calibration": calibration, "seed": request.seed, "compensation": request.fitting}
-    )
+    return {"calibration": calibration, "seed": prepared.request.seed, "compensation": prepared.request.fitting}
 
 
 def calibrated_on(prepared: Prepared) -> list[dict[str, Any]]:

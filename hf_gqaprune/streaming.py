@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,7 @@ def prune_checkpoint(
     resume: bool = False,
     device: torch.device = CPU,
     spare: int = 0,
+    known: Mapping[str, Any] | None = None,
 ) -> Path:
     """Prune a checkpoint without loading it: the files that `prune` and `save_pretrained` would write, byte for byte.
 
@@ -66,6 +67,7 @@ def prune_checkpoint(
             where it differs.
         device: where weights are re-fitted; without compensation nothing is computed.
         spare: as in `stream_statistics`.
+        known: for `gqaprune.json`, over what that of `model` says.
 
     Returns:
         `output`.
@@ -116,7 +118,7 @@ def prune_checkpoint(
             steps = _steps(plan, checkpoint, writer)
             _stream(_Surgery(checkpoint, writer, plan, layers.dtype, steps, refit), working / PROGRESS, noted)
             writer.sync()
-        _write_around(pruned, folder, whole, checkpoint, writer)
+        _write_around(pruned, folder, whole, checkpoint, writer, known or {})
         for name in writer.files:
             os.rename(working / name, whole / name)
         # another may have come by now
@@ -283,7 +285,12 @@ def _pruned_skeleton(folder: Path, config: Any, plan: PruningPlan, dtype: torch.
 
 
 def _write_around(
-    pruned: PrunedLlamaForCausalLM, folder: Path, output: Path, checkpoint: Checkpoint, writer: ShardWriter
+    pruned: PrunedLlamaForCausalLM,
+    folder: Path,
+    output: Path,
+    checkpoint: Checkpoint,
+    writer: ShardWriter,
+    known: Mapping[str, Any],
 ) -> None:
     """Everything but the weights."""
     from .trainer.merge import _CARRIED
@@ -299,10 +306,10 @@ def _write_around(
                 shutil.copyfile(path, copy)
     # a file of weights that no index names was not read
     alone = set(folder.glob("*.safetensors")) == set(checkpoint.files)
-    known = {name: value for name, value in (identity.read(folder) or {}).items() if name != "version"}
-    known |= {
+    own = {
         "plan_hash": PruningPlan.from_dict(pruned.prune_plan).hash(),
         "base_fingerprint": fingerprint(checkpoint.digests) if alone else identity.fingerprint(folder),
+        **known,
         "fingerprint": fingerprint(writer.digests),
     }
-    identity.write(output, **known)
+    identity.write(output, **{**(identity.read(folder) or {}), **own})

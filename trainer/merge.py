@@ -114,12 +114,8 @@ def write_checkpoint(model: PreTrainedModel, base: Path, output: Path, **known: 
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
-    inherited = _unversioned(identity.read(base) or {})
+    inherited = identity.read(base) or {}
     identity.write(output, **{**inherited, **known, "fingerprint": identity.fingerprint(output)})
-
-
-def _unversioned(known: dict[str, object]) -> dict[str, object]:
-    return {name: value for name, value in known.items() if name != "version"}
 
 
 def _recorded_base(adapter: Path) -> str:
