@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .devices import within
-from .files import check_room, refuse_existing, refuse_lost, size_on_disk, write_json
+from .files import check_room, disk_of, refuse_existing, refuse_lost, size_on_disk, write_json
 from .memory import moments_room, parse_size
 from .plan import ModelShape
 from .preparation import Prepared
@@ -41,7 +41,7 @@ def measured(prepared: Prepared, target: Path, *, overwrite: bool, resume: bool)
         yield prepared.statistics
         return
     kept = prepared.request.save_statistics
-    place = refuse_existing(kept, False) if kept else target
+    place = refuse_existing(kept, False, way_out="give --save-statistics another name") if kept else target
     working = _measured_folder(place)
     with _streamed(prepared, working, overwrite=overwrite, resume=resume) as statistics:
         yield statistics
@@ -87,6 +87,13 @@ def prune_bounded(prepared: Prepared, output: str | Path, *, overwrite: bool, re
     return plan
 
 
+def drop_unfinished(target: Path) -> None:
+    """Remove what interrupted calls for the output `target` left; [`UsageError`] where one of them is at work."""
+    for working in (working_folder(target), _measured_folder(target)):
+        refuse_unfinished(working, resume=False, overwrite=True)
+        drop(working)
+
+
 def _check_room(prepared: Prepared, target: Path) -> None:
     """Raise [`UsageError`] where the disk will not hold moments, streams and the pruned weights beside each other.
 
@@ -113,9 +120,14 @@ def _check_room(prepared: Prepared, target: Path) -> None:
     held = holds(prepared.device, _spare(prepared))
     streams = streams_room(windows.tokens, source.hidden_size, dtype, held) if windows and refitted else 0
     moments = sum(moments_room(source, rule)) if measured_now and windows else 0
-    most = max(room(source, dtype, prepared.calibration, rule, held), moments + left * dtype.itemsize + streams)
-    most -= size_on_disk(working_folder(target))
-    check_room(_measured_folder(target), most, "statistics, activations and the pruned weights")
+    measuring, weights = room(source, dtype, prepared.calibration, rule, held), left * dtype.itemsize + streams
+    place, working = _measured_folder(Path(request.save_statistics or target)), working_folder(target)
+    if disk_of(place) == disk_of(working):
+        most = max(measuring, moments + weights) - size_on_disk(working)
+        check_room(place, most, "statistics, activations and the pruned weights")
+    else:
+        check_room(place, max(measuring, moments), "statistics and activations")
+        check_room(working, weights, "the pruned weights")
 
 
 def _measured_folder(place: Path) -> Path:

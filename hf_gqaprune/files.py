@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import FileLock, Timeout
 
 from .errors import UsageError, WorkError
 
@@ -19,28 +19,40 @@ if TYPE_CHECKING:
     import torch
 
 
-#: of which a folder that is replaced holds one: a checkpoint, an adapter, statistics, a run
-_HEADS = ("config.json", "adapter_config.json", "statistics.json", "run.json")
+#: what a folder that may be replaced holds, and a key in it: a checkpoint, an adapter, statistics, a run
+_HEADS = {"config.json": "model_type", "adapter_config.json": "peft_type", "statistics.json": "criterion", "run.json": "done"}
 
 
-def refuse_existing(path: str | os.PathLike[str], overwrite: bool, flag: str = "--overwrite") -> Path:
-    """Return `path`, where something may be written.
+def refuse_existing(
+    path: str | os.PathLike[str],
+    overwrite: bool,
+    *,
+    file: bool = False,
+    way_out: str = "choose another output or pass --overwrite",
+) -> Path:
+    """Return `path`, where a folder may be written, or a `file`.
 
     Raises:
-        UsageError: it exists (an empty folder counts as absent) and `overwrite` is false, or it is a folder of something
-            else than what is written here; it cannot be made, or not be replaced by a rename, as a mounted disk or the
-            folder in which this process stands.
+        UsageError: it exists (an empty folder counts as absent) and `overwrite` is false; it is of another kind than what
+            would replace it; it cannot be made, or not be replaced by a rename, as a link, a mounted disk or a folder in
+            which this process stands.
     """
     target = Path(path)
+    if target.name == "..":
+        raise UsageError(f"{target} ends in ..: write out which folder is meant, {target.resolve()}")
+    if target.is_symlink() and not file:
+        raise UsageError(f"{target} is a link, which a folder cannot replace: name {target.resolve()}")
     occupied = target.exists() and not (target.is_dir() and not any(target.iterdir()))
     if occupied and not overwrite:
-        raise UsageError(f"{target} exists already: choose another output or pass {flag}")
-    if target.exists() and (os.path.ismount(target) or target.resolve() == Path.cwd()):
-        raise UsageError(f"{target} is a mounted disk or the current folder, which stays: name a folder in it")
-    if occupied and target.is_dir() and not any((target / name).is_file() for name in _HEADS):
+        raise UsageError(f"{target} exists already: {way_out}")
+    if file and target.is_dir():
+        raise UsageError(f"{target} is a folder: name a file")
+    if target.exists() and (os.path.ismount(target) or Path.cwd().is_relative_to(target.resolve())):
+        raise UsageError(f"{target} is a mounted disk or holds the current folder, and stays: name a folder in it")
+    if occupied and not file and not any(key in _head(target / name) for name, key in _HEADS.items()):
         raise UsageError(
-            f"{target} is a folder without {', '.join(_HEADS[:-1])} or {_HEADS[-1]}, so it is not replaced: choose another "
-            "output, or delete it yourself"
+            f"{target} is no checkpoint, adapter, statistics or run, so it is not replaced: choose another output, or "
+            "delete it yourself"
         )
     place = next(parent for parent in target.absolute().parents if parent.exists())
     if not place.is_dir():
@@ -48,6 +60,15 @@ def refuse_existing(path: str | os.PathLike[str], overwrite: bool, flag: str = "
     if not os.access(place, os.W_OK | os.X_OK):
         raise UsageError(f"{target} cannot be written: no permission to write in {place}")
     return target
+
+
+def _head(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where the file holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def refuse_lost(target: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
@@ -59,21 +80,34 @@ def refuse_lost(target: str | os.PathLike[str], inputs: Iterable[str | os.PathLi
             raise UsageError(f"{path}{where} would be replaced by the output: choose another output")
 
 
-def lock(folder: Path) -> BaseFileLock:
-    """Take `folder`, which is there, for this call, until the lock is released or the process ends.
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Let no other call work in `folder`, which need not be there, until the block ends or the process does.
+
+    A file beside it is locked, so that the folder itself may go and come back meanwhile.
 
     Raises:
-        UsageError: another call works there, in a process that is alive.
-        WorkError: nothing can be written there.
+        UsageError: another call works there.
+        WorkError: nothing can be written beside it.
     """
-    taken = FileLock(folder / "lock")
+    path = folder.with_name(f".{folder.name.removeprefix('.')}.lock")
+    taken = FileLock(path)
     try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
         taken.acquire(blocking=False)
+        # the one before may have removed it in between
+        while not path.exists():
+            taken.release()
+            taken.acquire(blocking=False)
     except Timeout:
         raise UsageError(f"another process works in {folder}: wait until it has ended") from None
     except OSError as error:
-        raise WorkError(f"cannot write in {folder}: {error.strerror}") from error
-    return taken
+        raise WorkError(f"cannot lock {path}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        taken.release()
 
 
 @contextmanager
@@ -87,6 +121,8 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterato
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield scratch
+        # another may have come by now
+        refuse_existing(target, overwrite)
         put_in_place(scratch, target)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -141,6 +177,11 @@ def check_room(folder: Path, size: int, what: str) -> None:
             f"{what} need {missing / 1e9:.2f} GB more, and {place} has {free / 1e9:.2f} GB left: "
             "make room, or choose another output"
         )
+
+
+def disk_of(path: Path) -> int:
+    """Which disk `path`, which need not be there, is on or would be."""
+    return next(place for place in path.absolute().parents if place.exists()).stat().st_dev
 
 
 def size_on_disk(folder: Path) -> int:

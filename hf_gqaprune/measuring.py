@@ -144,7 +144,7 @@ def compared(folders: Mapping[str, Path], texts: Iterable[Text], overwrite: bool
         if trained[1] and not trained[2]:
             raise UsageError(f"{names[1]} was trained and {names[2]} was not: name the recovered checkpoint last")
     for file in (REPORT, PLOT):
-        refuse_existing(last / file, overwrite)
+        refuse_existing(last / file, overwrite, file=True)
     texts = list(texts)
     refuse_same_names(texts)
     refuse_seen(texts, seen(last))

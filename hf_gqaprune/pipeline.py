@@ -19,7 +19,7 @@ import torch
 from . import identity, ranks
 from .devices import AUTO, CPU, release, within
 from .errors import UsageError, WorkError
-from .files import new_folder, refuse_existing, refuse_lost, write_json, write_text
+from .files import alone, new_folder, refuse_existing, refuse_lost, write_json, write_text
 from .inputs import text_paths
 from .measuring import PLOT, REPORT, Measurement, measure, refuse_same_names, refuse_seen, write_report
 from .preparation import Prepared, PruneRequest, prepare
@@ -95,7 +95,7 @@ def plan_model(
     target = Path(output)
     if target.is_dir():
         raise UsageError(f"{target} is a folder, and a plan is one file: name a file, such as {target / PLAN}")
-    refuse_existing(target, overwrite)
+    refuse_existing(target, overwrite, file=True)
     if resume and not request.memory:
         raise UsageError("only a plan with --memory can be resumed: leave --resume out")
     prepared = prepare(request, planning_only=True)
@@ -127,7 +127,7 @@ def prune_model(
         The plan that was applied to `request.model`. The checkpoint's own, in `prune_plan.json`, begins at the dense
         model where `request.model` was pruned before; that one's hash is in `gqaprune.json`.
     """
-    from .bounded import prune_bounded
+    from .bounded import drop_unfinished, prune_bounded
     from .plan import PruningPlan
     from .surgery import prune
     from .trainer.merge import write_checkpoint
@@ -138,8 +138,13 @@ def prune_model(
             "only what goes layer by layer can be resumed, --memory SIZE or a saved plan without compensation: "
             "leave --resume out"
         )
+    kept = request.save_statistics
+    if kept is not None and Path(kept).resolve().is_relative_to(Path(output).resolve()):
+        raise UsageError(f"the statistics, {kept}, would lie in the output {output}: name a folder beside it")
     prepared = prepare(request)
     _refuse_lost(output, prepared)
+    if overwrite and not resume and ranks.index() == 0:
+        drop_unfinished(Path(output))
     if request.streamed:
         return prune_bounded(prepared, output, overwrite=overwrite, resume=resume)
     with within(prepared.device, _WAY_OUT):
@@ -187,22 +192,23 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> str
         "calibration": (recipe.calibration, calibrated_on(prepared), _ids(prepared)),
         "prune": recipe.prune,
     }
-    if folder.exists() and not resume:
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    stages = _Stages(folder)
-    write_text(folder / "recipe.yaml", recipe.without_paths().to_yaml())
-    with _telling(prepared.device, _PRUNE_WAY_OUT):
-        stages.do(PRUNED, base, lambda again: _prune(request, folder, again))
-    final = PRUNED
-    if recipe.recover is not None:
-        base["recover"] = (recipe.recover, trained)
-        arguments = _recovery(recipe, recipe.recover)
-        stages.do(RECOVERED, base, lambda again: _recover(folder, arguments, again))
-        final = RECOVERED
-    base["evaluate"] = (recipe.evaluate, [(text.name, text.split, text.sha256) for text in texts])
-    stages.do(REPORT, base, lambda _: _report(recipe, folder, prepared, final, texts))
-    return _publish(recipe, folder, final)
+    with alone(folder):
+        if folder.exists() and not resume:
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        stages = _Stages(folder)
+        write_text(folder / "recipe.yaml", recipe.without_paths().to_yaml())
+        with _telling(prepared.device, _PRUNE_WAY_OUT):
+            stages.do(PRUNED, base, lambda again: _prune(request, folder, again))
+        final = PRUNED
+        if recipe.recover is not None:
+            base["recover"] = (recipe.recover, trained)
+            arguments = _recovery(recipe, recipe.recover)
+            stages.do(RECOVERED, base, lambda again: _recover(folder, arguments, again))
+            final = RECOVERED
+        base["evaluate"] = (recipe.evaluate, [(text.name, text.split, text.sha256) for text in texts])
+        stages.do(REPORT, base, lambda _: _report(recipe, folder, prepared, final, texts))
+        return _publish(recipe, folder, final)
 
 
 def _ids(prepared: Prepared) -> list[list[int]]:

@@ -130,7 +130,7 @@ class Report:
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the report as JSON; an existing file is refused unless `overwrite`."""
-        write_json(refuse_existing(path, overwrite), self.to_dict())
+        write_json(refuse_existing(path, overwrite, file=True), self.to_dict())
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Report:
@@ -175,7 +175,7 @@ class Report:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        target = refuse_existing(path, overwrite)
+        target = refuse_existing(path, overwrite, file=True)
         # no pyplot: it keeps figures alive and picks a window system
         figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)

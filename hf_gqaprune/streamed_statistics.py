@@ -195,9 +195,11 @@ class _Pass:
         self.surroundings = self.layers.surroundings(self.ids.shape[1])
         # a layer's activations may be there before its statistics are
         measured = [self._measured(index) for index in range(count)]
-        back = next((i for i in range(count + 1) if spill.has(f"gradient-{i}") and all(measured[i:])), None)
+        there = [spill.has(f"input-{i}") for i in range(count + 1)]
+        # the way back needs the inputs of all layers that are left, some of which may have been in memory
+        back = next((i for i in range(count + 1) if spill.has(f"gradient-{i}") and all(measured[i:] + there[:i])), None)
         if back is None:
-            done = [i for i in range(count + 1) if spill.has(f"input-{i}") and (self.backward or all(measured[:i]))]
+            done = [i for i in range(count + 1) if there[i] and all(there[:i] if self.backward else measured[:i])]
             if not done:
                 spill.write("input-0", self.layers.embedded(self.batches))
                 spill.commit("input-0")

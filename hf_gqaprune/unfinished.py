@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError, WorkError
-from .files import lock
+from .files import alone
 from .shards import Checkpoint
 
 PROGRESS = "progress.json"
@@ -39,23 +39,21 @@ def begun(
         UsageError: there was one, and this call is not told to go on with it or was given other `inputs`; or it is at work.
         WorkError: the folder cannot be made.
     """
-    refuse_unfinished(working, resume, overwrite)
-    if not (resume and (working / PROGRESS).exists()):
-        # without its progress a folder is what is left of one that was being removed
-        drop(working)
-    try:
-        working.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WorkError(f"cannot write {working}: {error.strerror}") from error
-    taken = lock(working)
-    try:
-        yield _noted(working, inputs, notes)
-    except BaseException:
-        if not (working / PROGRESS).exists():
+    with alone(working):
+        _refuse(working, resume, overwrite)
+        if not (resume and (working / PROGRESS).exists()):
+            # without its progress a folder is what is left of one that was being removed
             drop(working)
-        raise
-    finally:
-        taken.release()
+        try:
+            working.mkdir(exist_ok=True)
+        except OSError as error:
+            raise WorkError(f"cannot write {working}: {error.strerror}") from error
+        try:
+            yield _noted(working, inputs, notes)
+        except BaseException:
+            if not (working / PROGRESS).exists():
+                drop(working)
+            raise
 
 
 @contextmanager
@@ -108,8 +106,12 @@ def drop(working: Path) -> None:
 
 def refuse_unfinished(working: Path, resume: bool, overwrite: bool) -> None:
     """Raise [`UsageError`] where a call works in `working`, or left it and this one neither goes on with it nor drops it."""
-    if working.is_dir():
-        lock(working).release()
+    if working.exists():
+        with alone(working):
+            _refuse(working, resume, overwrite)
+
+
+def _refuse(working: Path, resume: bool, overwrite: bool) -> None:
     if (working / PROGRESS).exists() and not (resume or overwrite):
         raise UsageError(f"{working} is of an interrupted call: pass --resume to go on with it, or delete it")
 

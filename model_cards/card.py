@@ -68,7 +68,7 @@ def create_model_card(
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"no folder {folder}: give a pruned checkpoint")
-    refuse_existing(folder / "README.md", overwrite)
+    refuse_existing(folder / "README.md", overwrite, file=True)
     stated = {"license": license} if license is not None else inherited(base_model)
     text = _render(folder, base_model, stated, name or folder.resolve().name)
     if terms := llama_terms(stated):

@@ -325,7 +325,7 @@ def test_requests_that_make_no_sense(
 
 
 def test_a_model_is_not_replaced_by_what_is_made_of_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (place / "config.json").touch()
+    (place / "config.json").write_text('{"model_type": "llama"}')
     before = contents(place)
     for output in ("model", "."):
         line = command(place, "prune", output, *MEMORY, "--overwrite")

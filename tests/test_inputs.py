@@ -90,7 +90,7 @@ def test_weights_that_cannot_be_pruned_cost_nothing(
     ("flags", "said"),
     [
         (["model", "-o", "model"], "model would be replaced by the output"),
-        (["model", "-o", "."], "is a mounted disk or the current folder"),
+        (["model", "-o", "."], "is a mounted disk or holds the current folder"),
         (["out/model", "-o", "out"], "out/model lies in out and would be replaced"),
         (["out/model", "-o", "out", "--memory", "2GiB"], "out/model lies in out and would be replaced"),
         (["model", "-o", "out", "--calibration", "out/text.txt"], "out/text.txt lies in out and would be replaced"),
@@ -118,10 +118,37 @@ def test_only_what_is_made_here_is_replaced(place: Path, capsys: pytest.CaptureF
     line = ["prune", "model", "--ratio", "0.3", "--criterion", "magnitude", "--compensation", "none", "--overwrite", "-o"]
     (place / "thesis").mkdir()
     (place / "thesis" / "chapter.tex").write_text("hard work")
+    (place / "thesis" / "config.json").write_text('{"compiler": "lualatex"}')
+    (place / "linked").symlink_to("elsewhere")
     for flags in ((), ("--memory", "2GiB")):
-        assert "thesis is a folder without config.json, " in refused(capsys, place, [*line, "thesis", *flags])
+        for output, said in (
+            ("thesis", "thesis is no checkpoint, adapter, "),
+            ("thesis/chapter.tex", "thesis/chapter.tex is no checkpoint, adapter, "),
+            ("linked", f"linked is a link, which a folder cannot replace: name {place}/elsewhere"),
+            ("thesis/..", f"write out which folder is meant, {place}"),
+        ):
+            assert said in refused(capsys, place, [*line, output, *flags])
     for _ in range(2):
         assert main([*line, "pruned"]) == 0
+
+
+@pytest.mark.parametrize("flags", [(), ("--memory", "2GiB")])
+def test_statistics_are_kept_beside_what_they_are_for(
+    place: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
+) -> None:
+    line = ["prune", "model", "--ratio", "0.3", "--calibration", "text.txt", *SIZES, *flags, "-o", "pruned"]
+    for kept in ("pruned", "pruned/statistics"):
+        assert f"{kept}, would lie in the output pruned" in refused(capsys, place, [*line, "--save-statistics", kept])
+    assert "give --save-statistics another name" in refused(capsys, place, [*line, "--save-statistics", "model"])
+
+
+def test_what_was_left_goes_when_it_is_begun_anew_in_another_way(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["prune", "model", "--ratio", "0.3", "--criterion", "magnitude", "--compensation", "none", "-o", "pruned"]
+    for name in (".pruned.measured", ".pruned.unfinished"):
+        (place / name).mkdir()
+        (place / name / "progress.json").write_text("{}")
+    assert main([*line, "--overwrite"]) == 0
+    assert not [path for path in place.iterdir() if path.name.startswith(".pruned")]
 
 
 def test_a_plan_is_one_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

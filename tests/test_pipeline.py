@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_gqaprune as gp
-from hf_gqaprune import hub, identity
+from hf_gqaprune import hub, identity, pipeline
 from hf_gqaprune.cli import main
 
 NUMBERS = "one two three four five six seven eight nine ten".split()
@@ -121,6 +121,22 @@ def test_one_seed_is_one_result(capsys, tmp_path, recipe):
     assert stages_of(capsys.readouterr().out) == {"pruned": "working", "report.json": "working"}
     plan = gp.PruningPlan.load(tmp_path / "out" / "plan.json")
     assert plan.backbone_ratio == pytest.approx(0.4, abs=0.01)
+
+
+def test_two_runs_do_not_write_into_one_folder(capsys, tmp_path, recipe, monkeypatch):
+    real = pipeline._report
+
+    def report(*args):
+        for flag in ("--resume", "--overwrite"):
+            before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+            assert main(["run", str(recipe), flag, "--set", "seed=1"]) == 2
+            assert "another process works in" in capsys.readouterr().err
+            assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        real(*args)
+
+    monkeypatch.setattr(pipeline, "_report", report)
+    assert main(["run", str(recipe)]) == 0
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_a_finished_run_is_replaced_only_by_one_that_makes_sense(capsys, tmp_path, recipe):

@@ -53,7 +53,7 @@ def test_the_merged_checkpoint_is_the_adapter_on_its_base(pruned: Path, text: st
     for name in ("tokenizer.json", "recipe.yaml", "LICENSE"):
         assert (out / name).read_bytes() == (pruned / name).read_bytes()
     assert (out / "generation_config.json").exists()
-    assert identity.read(out) == {
+    assert json.loads((out / identity.FILE).read_text()) == {
         "version": 1,
         "fingerprint": identity.fingerprint(out),
         "plan_hash": identity.read(pruned)["plan_hash"],
@@ -271,11 +271,21 @@ def test_an_output_that_exists_is_refused_before_any_work(dense: Path, text: str
     (tmp_path / "out" / "file").touch()
     with pytest.raises(UsageError, match="exists already"):
         recover(dense, [text], tmp_path / "out", **SETTINGS)
-    with pytest.raises(UsageError, match="out is a folder without config.json"):
+    with pytest.raises(UsageError, match="out is no checkpoint, adapter, "):
         recover(dense, [text], tmp_path / "out", overwrite=True, **SETTINGS)
-    (tmp_path / "out" / "config.json").touch()
+    (tmp_path / "out" / "config.json").write_text('{"model_type": "llama"}')
     recover(dense, [text], tmp_path / "out", overwrite=True, **SETTINGS)
     assert not (tmp_path / "out" / "file").exists()
+
+
+def test_a_folder_of_the_name_of_the_training_stays(dense: Path, text: str, tmp_path: Path) -> None:
+    notes = tmp_path / "out.training" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="out.training, where the training would be kept, is something else"):
+            recover(dense, [text], tmp_path / "out", overwrite=overwrite, **SETTINGS)
+    assert notes.read_text() == "mine"
 
 
 def test_text_that_will_be_evaluated_on_never_trains(dense: Path, text: str, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from disk import files_of_at_most
 from recovering import SETTINGS, assert_equal_weights, prune_to, write_animals
 
 from hf_gqaprune import UsageError, WorkError, recover
-from hf_gqaprune.files import lock
+from hf_gqaprune.files import alone
 from hf_gqaprune.trainer import checkpoints
 
 
@@ -127,7 +127,8 @@ def test_terminated_it_takes_along_what_it_has_started(pruned: Path, text: str, 
     child.communicate()
     assert child.returncode == 128 + signal.SIGTERM and not out.exists()
     # held by whoever still trains
-    lock(work).release()
+    with alone(work):
+        pass
 
 
 def test_a_full_disk_leaves_the_last_whole_checkpoint(pruned: Path, text: str, tmp_path: Path) -> None:

@@ -422,10 +422,10 @@ def test_an_output_is_replaced_only_when_asked(tmp_path: Path) -> None:
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="out exists already: choose another output or pass --overwrite"):
         prune_checkpoint(tmp_path / "dense", plan, tmp_path / "out")
-    with pytest.raises(UsageError, match="out is a folder without config.json"):
+    with pytest.raises(UsageError, match="out is no checkpoint, adapter, "):
         prune_checkpoint(tmp_path / "dense", plan, tmp_path / "out", overwrite=True)
     assert contents(tmp_path / "out") == {"notes.txt": b"mine"}
-    (tmp_path / "out" / "config.json").touch()
+    (tmp_path / "out" / "config.json").write_text('{"model_type": "llama"}')
     prune_checkpoint(tmp_path / "dense", plan, tmp_path / "out", overwrite=True)
     assert contents(tmp_path / "out") == in_memory(tmp_path / "dense", plan, tmp_path / "memory")
 

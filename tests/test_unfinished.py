@@ -253,7 +253,7 @@ def test_statistics_of_other_weights_are_refused(place: Path, measured: tuple[Pr
 
 def test_inputs_are_not_lost_in_what_is_replaced(place: Path, measured: tuple[PruningPlan, Statistics]) -> None:
     plan, statistics = measured
-    (place / "config.json").touch()
+    (place / "config.json").write_text('{"model_type": "llama"}')
     before = contents(place)
     for output in (place / "dense", place):
         with pytest.raises(UsageError, match="dense.* would be replaced by the output: choose another"):
@@ -267,6 +267,49 @@ def test_inputs_are_not_lost_in_what_is_replaced(place: Path, measured: tuple[Pr
     assert contents(place) == before
 
 
+@pytest.mark.parametrize(("method", "at"), [("_forward", 3), ("_back", 1)])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_activations_that_were_in_memory_are_made_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch, method: str, at: int, lost: int
+) -> None:
+    """A GPU, or the memory beside it, holds the first ones; they go with the process."""
+    stream_statistics(place / "dense", windows(), place / "expected")
+    real = getattr(_Pass, method)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(_Pass, method, lambda self, index: real(self, index) if index != at else interrupt())
+        stream_statistics(place / "dense", windows(), place / "out")
+    shutil.rmtree(place / ".out.unfinished" / f"input-{lost}")
+    stream_statistics(place / "dense", windows(), place / "out", resume=True)
+    assert contents(place / "out") == contents(place / "expected")
+
+
+def test_a_folder_is_worked_in_by_one_call_at_a_time(
+    place: Path, measured: tuple[PruningPlan, Statistics], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, _ = measured
+    prune_checkpoint(place / "dense", plan, place / "whole")
+    real = ShardWriter.sync
+
+    def sync(self: ShardWriter) -> None:
+        for options in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(UsageError, match="another process works in .*out.unfinished: wait until it has ended"):
+                prune_checkpoint(place / "dense", plan, place / "out", **options)
+        real(self)
+
+    monkeypatch.setattr(ShardWriter, "sync", sync)
+    prune_checkpoint(place / "dense", plan, place / "out")
+    assert contents(place / "out") == contents(place / "whole")
+    assert sorted(path.name for path in place.iterdir()) == ["dense", "out", "statistics", "whole"]
+
+
+def test_a_folder_that_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="out exists already"), files.new_folder(tmp_path / "out") as scratch:
+        (scratch / "config.json").write_text("{}")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "config.json").write_text("of another call")
+    assert contents(tmp_path) == {"out/config.json": b"of another call"}
+
+
 def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("here")
     with pytest.raises(UsageError, match="file/out cannot be written: .*file is a file"):
@@ -274,8 +317,10 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").unlink()
     for path in (".", tmp_path):
-        with pytest.raises(UsageError, match="is a mounted disk or the current folder, which stays: name a folder in it"):
+        with pytest.raises(UsageError, match="is a mounted disk or holds the current folder, and stays: name a folder in it"):
             files.refuse_existing(path, False)
+    with pytest.raises(UsageError, match="holds the current folder"):
+        files.refuse_existing(tmp_path.parent, True)
     with pytest.raises(UsageError, match="is a mounted disk"):
         files.refuse_existing("/", True)
     assert files.refuse_existing("a/b/c", False) == Path("a/b/c")

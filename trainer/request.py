@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ..errors import UsageError, unknown
-from ..files import lock, refuse_existing, refuse_lost
+from ..files import alone, refuse_existing, refuse_lost
 from ..inputs import text_paths
 from .models import check_trackers, check_weights, load_config, local_folder, quantization
 from .presets import PRESET_DATA, Settings, resolve
@@ -60,7 +60,7 @@ class Request:
     def work(self) -> Path:
         """Folder of the training while it is unfinished, beside `output`."""
         output = Path(self.output)
-        return output.with_name(f"{output.name}.training")
+        return output.parent / f"{output.name}.training"
 
     def to_dict(self) -> dict[str, Any]:
         """Arguments of `make_request` that make an equal request, JSON-ready."""
@@ -151,8 +151,11 @@ def check_output(request: Request) -> None:
     refuse_existing(request.output, request.overwrite)
     record = request.work / REQUEST_FILE
     if not record.is_file():
+        if request.work.exists() and not (request.work.is_dir() and not any(request.work.iterdir())):
+            raise UsageError(f"{request.work}, where the training would be kept, is something else: move it away")
         return
-    lock(request.work).release()
+    with alone(request.work):
+        pass
     if request.overwrite and not request.resume:
         return
     if not request.resume:

@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 
 from .. import identity
 from ..errors import UsageError, WorkError
-from ..files import lock, new_folder, write_json, write_text
+from ..files import alone, new_folder, write_json, write_text
 from ..provenance import LOG_FILE
+from ..unfinished import drop
 from . import checkpoints
 from .blockwise import EPOCHS, reconstruct
 from .data import TrainingData, load_data
@@ -44,7 +45,6 @@ from .request import REQUEST_FILE, Request, check_output
 from .teacher_cache import TeacherCache, is_cached, write_cache
 
 if TYPE_CHECKING:
-    from filelock import BaseFileLock
     from peft import LoraConfig
     from transformers import PreTrainedModel
     from trl import SFTConfig
@@ -106,7 +106,7 @@ def _train(request: Request, held: ExitStack) -> Path:
     steps = plan_steps(request, len(data.train), state.num_processes)
     base = identity.fingerprint(folder) if state.is_main_process else ""
     if state.is_main_process:
-        held.callback(_prepare(request, base).release)
+        _prepare(request, base, held)
     state.wait_for_everyone()
     last = checkpoints.latest(request.work)
     state.wait_for_everyone()
@@ -293,14 +293,14 @@ def _reconstructed(
     return model
 
 
-def _prepare(request: Request, base: str) -> BaseFileLock:
-    """Make the working folder, or refuse the one that is there; no other training may use it while the lock is held."""
+def _prepare(request: Request, base: str, held: ExitStack) -> None:
+    """Make the working folder, or refuse the one that is there; until `held` ends no other training may use it."""
     check_output(request)
+    held.enter_context(alone(request.work))
     record = request.work / REQUEST_FILE
-    if request.work.exists() and not (request.resume and record.exists()):
-        shutil.rmtree(request.work)
-    request.work.mkdir(parents=True, exist_ok=True)
-    taken = lock(request.work)
+    if not (request.resume and record.exists()):
+        drop(request.work)
+    request.work.mkdir(exist_ok=True)
     if not record.exists():
         write_text(record, yaml.safe_dump({**request.to_dict(), "base_fingerprint": base}, sort_keys=False))
     elif yaml.safe_load(record.read_text(encoding="utf-8")).get("base_fingerprint") != base:
@@ -308,7 +308,6 @@ def _prepare(request: Request, base: str) -> BaseFileLock:
             f"the weights in {request.model} are not those that {request.work} was started with: start anew with "
             "--overwrite and without --resume"
         )
-    return taken
 
 
 def _evaluated_last(trainer: RecoveryTrainer) -> bool:
@@ -337,4 +336,4 @@ def _write_output(request: Request, folder: Path, trained: Path, log: dict[str, 
             (scratch / ADAPTER).mkdir()
             for path in (path for pattern in keep for path in trained.glob(pattern)):
                 shutil.copyfile(path, scratch / ADAPTER / path.name)
-    shutil.rmtree(request.work)
+    drop(request.work)

@@ -163,7 +163,7 @@ def recipes(args: argparse.Namespace) -> None:
     elif args.action == "show":
         sys.stdout.write(read_source(args.name))
     else:
-        write_text(refuse_existing(args.file, args.overwrite), read_source(args.name))
+        write_text(refuse_existing(args.file, args.overwrite, file=True), read_source(args.name))
         print(f"written to {args.file}")
 
 
@@ -195,7 +195,7 @@ def _prune_request(args: argparse.Namespace) -> PruneRequest:
     if args.statistics and not _windowless(args):
         _refuse_unused(args, _PASS, "saved statistics need no calibration pass")
     if args.save_statistics:
-        refuse_existing(args.save_statistics, False)
+        refuse_existing(args.save_statistics, False, way_out="give --save-statistics another name")
     # the others have the defaults of the request
     names = (*_CHOICES, *_PASS, "ratio", "backbone_ratio", "rates", "compensation", "statistics", "memory", "device")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
