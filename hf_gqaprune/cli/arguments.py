@@ -197,7 +197,7 @@ def _out(parser: argparse.ArgumentParser, metavar: str, text: str) -> None:
 
 
 def _overwrite(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output, never a folder of anything else")
 
 
 def _data(parser: argparse.ArgumentParser, text: str) -> None:
