@@ -257,7 +257,7 @@ def loss_gradient(
     ):
         logits = head(part.requires_grad_(True)).float()
         loss = F.cross_entropy(logits, wanted.to(logits.device), reduction="sum", ignore_index=_NOTHING)
-        total += loss.detach()
+        total += loss.detach().to(total.device)
         found.copy_(torch.autograd.grad(loss, part)[0])
     if not bool(torch.isfinite(total)):
         raise WorkError(f"the loss on calibration text is {float(total)}: the model's activations overflow")

@@ -131,7 +131,10 @@ def refit_on_pruned_prefix(model: Any, pruned: Any, calibration: Calibration) ->
     dense_layers, pruned_layers = model.get_decoder().layers, pruned.get_decoder().layers
     pairs = list(zip(dense_layers, pruned_layers, strict=True))
     for index, (dense_layer, layer) in enumerate(tqdm(pairs, desc="re-fitting", unit="layer", disable=None, leave=False)):
-        walk.go_to(next(dense_layer.parameters()).device)
+        some = next(dense_layer.parameters(), None)
+        if some is None:
+            continue
+        walk.go_to(some.device)
         for kind in _BLOCKS:
             differs = walk.block(index, kind, dense_layer, layer, differs)
 

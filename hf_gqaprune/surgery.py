@@ -69,6 +69,8 @@ def prune(
     check_outer_weights(model)
     slices = trace_units(plan.source.layers)
     state = _outer_state(model, inplace)
+    # the dense layers are what is fitted to, and stay as they are meanwhile
+    refitted = compensation in ("natural_gradient", "least_squares") and bool(statistics and statistics.calibration)
     for index, kept in enumerate(plan.layers):
         layer = inner.layers[index]
         weights = dict(layer.state_dict())
@@ -79,13 +81,12 @@ def prune(
         means = None
         if compensation == "bias":
             means, moments = {kind: m.input_mean for kind, m in moments.items()}, {}
-        new = prune_layer(weights, kept, slices[index], moments, means=means, clone=not inplace)
+        new = prune_layer(weights, kept, slices[index], moments, means=means, clone=refitted or not inplace)
         state |= {f"model.layers.{index}.{name}": tensor for name, tensor in new.items()}
     pruned = assemble(model, pruned_config(model.config, plan), state)
     previous = getattr(model, "prune_plan", None)
     whole = PruningPlan.from_dict(previous).compose(plan) if previous else plan
     pruned.prune_plan = whole.to_dict()
-    refitted = compensation in ("natural_gradient", "least_squares")
     if refitted and statistics is not None and statistics.calibration is not None:
         refit_on_pruned_prefix(model, pruned, statistics.calibration)
         if compensation == "natural_gradient":
@@ -148,7 +149,7 @@ def prune_layer(
     for kind, mean in (means or {}).items():
         name = OUTPUT_PROJECTION[kind]
         if present[kind]:
-            gone = mean.double().index_fill(0, cut[name][1], 0)
+            gone = mean.double().cpu().index_fill(0, cut[name][1].cpu(), 0)
             bias = result[f"{name}.bias"]
             result[f"{name}.bias"] = bias + (state[f"{name}.weight"].double().cpu() @ gone).to(bias)
     for kind, name in _NORMS.items():

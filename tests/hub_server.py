@@ -49,6 +49,7 @@ class Repo:
     private: bool
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
+    gated: bool = False
     messages: list[str] = field(default_factory=list)
 
     def commit(self, branch: str, files: dict[str, Blob], message: str) -> str:
@@ -159,6 +160,8 @@ class Handler(BaseHTTPRequestHandler):
         found = self.server.repos.get(f"{kind or 'models'}/{repo}")
         if found is None or (found.private and not self.authorized):
             raise Refused(404 if self.authorized else 401, "RepoNotFound")
+        if found.gated:
+            raise Refused(403 if self.authorized else 401, "GatedRepo")
         return found
 
     def commit(self, kind: str, repo: str, rev: str) -> tuple[str, dict[str, Blob]]:

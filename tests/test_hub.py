@@ -27,6 +27,7 @@ from hf_gqaprune.hub import bundle, push, verify
 from hf_gqaprune.model_cards.card import create_model_card
 from hf_gqaprune.plan import LayerPlan, PruningPlan
 from hf_gqaprune.surgery import pruned_config
+from hf_gqaprune.trainer.models import local_folder
 
 IDS = torch.tensor([[0, 74, 71, 78, 78, 81], [0, 3, 200, 258, 5, 9]])
 #: runs where hf_gqaprune cannot be imported: argv holds the repository and a file with the ids and logits of the saver
@@ -152,6 +153,13 @@ def test_a_branch_is_created_and_leaves_main_alone(
     assert hub.files("acme/mini").keys() == {".gitattributes"}
     loaded = AutoModelForCausalLM.from_pretrained("acme/mini", revision="half")
     assert torch.equal(loaded(IDS).logits, pruned(IDS).logits)
+
+
+def test_a_gated_model_says_where_its_terms_are(hub: HubServer, checkpoint: Path) -> None:
+    push(checkpoint, "acme/mini")
+    hub.repos["models/acme/mini"].gated = True
+    with pytest.raises(UsageError, match=rf"acme/mini is gated: accept its terms at {hub.endpoint}/acme/mini, and log in"):
+        local_folder("acme/mini")
 
 
 def test_private_is_kept_or_refused(hub: HubServer, checkpoint: Path) -> None:

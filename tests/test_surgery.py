@@ -185,6 +185,17 @@ def test_inplace_gives_the_same_weights_and_frees_the_layers() -> None:
     assert {parameter.device.type for parameter in dense.model.layers.parameters()} == {"meta"}
 
 
+@pytest.mark.parametrize("compensation", ["least_squares", "natural_gradient"])
+def test_inplace_is_fitted_to_the_dense_model_as_it_was(compensation: str) -> None:
+    dense = tiny_llama(layers=3)
+    statistics = collect_statistics(dense, Calibration.from_ids(token_ids(16, 24)))
+    # blocks behind the first difference stay whole
+    plan = make_plan(statistics, backbone_ratio=0.2, keep_layers=(1, 2))
+    expected = prune(dense, plan, statistics, compensation=compensation).state_dict()
+    pruned = prune(dense, plan, statistics, compensation=compensation, inplace=True).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in pruned.items())
+
+
 def moments_of(x: torch.Tensor) -> Moments:
     return Moments(len(x), (x.T @ x / len(x)).float(), x.mean(0).float())
 

@@ -39,12 +39,17 @@ def local_folder(model: str | Path) -> Path:
         return demo.model_path()
     if path.is_absolute() or str(model).count("/") > 1 or str(model).startswith("."):
         raise UsageError(f"no such model folder: {model}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(model), ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        # where some files are in the cache it is only the cause
+        if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
+            raise UsageError(
+                f"{model} is gated: accept its terms at {constants.ENDPOINT}/{model}, and log in (hf auth login) or set HF_TOKEN"
+            ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"no model folder {model}, and the Hub has none that can be reached: {reason}") from error
 
