@@ -48,7 +48,7 @@ def local_folder(model: str | Path) -> Path:
         # where some files are in the cache it is only the cause
         if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
             raise UsageError(
-                f"{model} is gated: accept its terms at {constants.ENDPOINT}/{model}, and log in (hf auth login) or set HF_TOKEN"
+                f"{model} is gated: accept its terms at {constants.ENDPOINT}/{model}, and log in (hf auth login, HF_TOKEN)"
             ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"no model folder {model}, and the Hub has none that can be reached: {reason}") from error
