@@ -42,14 +42,14 @@ def refuse_existing(
         raise UsageError(f"{target} ends in ..: write out which folder is meant, {target.resolve()}")
     if target.is_symlink() and not file:
         raise UsageError(f"{target} is a link, which a folder cannot replace: name {target.resolve()}")
-    occupied = target.exists() and not (target.is_dir() and not any(target.iterdir()))
-    if occupied and not overwrite:
+    taken = occupied(target)
+    if taken and not overwrite:
         raise UsageError(f"{target} exists already: {way_out}")
     if file and target.is_dir():
         raise UsageError(f"{target} is a folder: name a file")
     if target.exists() and (os.path.ismount(target) or Path.cwd().is_relative_to(target.resolve())):
         raise UsageError(f"{target} is a mounted disk or holds the current folder, and stays: name a folder in it")
-    if occupied and not file and not any(key in _head(target / name) for name, key in _HEADS.items()):
+    if taken and not file and not any(key in _head(target / name) for name, key in _HEADS.items()):
         raise UsageError(
             f"{target} is no checkpoint, adapter, statistics or run, so it is not replaced: choose another output, or "
             "delete it yourself"
@@ -60,6 +60,11 @@ def refuse_existing(
     if not os.access(place, os.W_OK | os.X_OK):
         raise UsageError(f"{target} cannot be written: no permission to write in {place}")
     return target
+
+
+def occupied(path: Path) -> bool:
+    """Whether there is anything at `path`; an empty folder counts as absent."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
 
 
 def _head(path: Path) -> dict[str, Any]:

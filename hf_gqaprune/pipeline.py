@@ -19,7 +19,7 @@ import torch
 from . import identity, ranks
 from .devices import AUTO, CPU, release, within
 from .errors import UsageError, WorkError
-from .files import alone, new_folder, refuse_existing, refuse_lost, write_json, write_text
+from .files import alone, new_folder, occupied, refuse_existing, refuse_lost, write_json, write_text
 from .inputs import text_paths
 from .measuring import PLOT, REPORT, Measurement, measure, refuse_same_names, refuse_seen, write_report
 from .preparation import Prepared, PruneRequest, prepare
@@ -264,7 +264,7 @@ class _Stages:
 def _check_output(folder: Path, resume: bool, overwrite: bool) -> None:
     """Refuse a folder that would be replaced without being asked, or that no run has written."""
     # a recipe.yaml may be the user's own; run.json is written by a run alone
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / STATE).exists()):
+    if occupied(folder) and not (folder / STATE).exists():
         raise UsageError(f"{folder} is not the output of a run: choose another output")
     refuse_existing(folder, overwrite or resume)
 

@@ -70,7 +70,7 @@ def prune(
     slices = trace_units(plan.source.layers)
     state = _outer_state(model, inplace)
     # the dense layers are what is fitted to, and stay as they are meanwhile
-    refitted = compensation in ("natural_gradient", "least_squares") and bool(statistics and statistics.calibration)
+    walked = statistics.calibration if statistics and compensation in ("natural_gradient", "least_squares") else None
     for index, kept in enumerate(plan.layers):
         layer = inner.layers[index]
         weights = dict(layer.state_dict())
@@ -81,16 +81,16 @@ def prune(
         means = None
         if compensation == "bias":
             means, moments = {kind: m.input_mean for kind, m in moments.items()}, {}
-        new = prune_layer(weights, kept, slices[index], moments, means=means, clone=refitted or not inplace)
+        new = prune_layer(weights, kept, slices[index], moments, means=means, clone=walked is not None or not inplace)
         state |= {f"model.layers.{index}.{name}": tensor for name, tensor in new.items()}
     pruned = assemble(model, pruned_config(model.config, plan), state)
     previous = getattr(model, "prune_plan", None)
     whole = PruningPlan.from_dict(previous).compose(plan) if previous else plan
     pruned.prune_plan = whole.to_dict()
-    if refitted and statistics is not None and statistics.calibration is not None:
-        refit_on_pruned_prefix(model, pruned, statistics.calibration)
+    if walked is not None:
+        refit_on_pruned_prefix(model, pruned, walked)
         if compensation == "natural_gradient":
-            natural_gradient_steps(model, pruned, statistics.calibration)
+            natural_gradient_steps(model, pruned, walked)
     if inplace:
         model.to("meta")
     return pruned

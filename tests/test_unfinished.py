@@ -58,6 +58,17 @@ def interrupt(*_args: Any, **_options: Any) -> None:
     raise KeyboardInterrupt
 
 
+def when_all_is_written(patch: pytest.MonkeyPatch, work: Callable[[], None]) -> None:
+    """Let `prune_checkpoint` do `work` before its output takes its name."""
+    real = ShardWriter.sync
+
+    def sync(self: ShardWriter) -> None:
+        real(self)
+        work()
+
+    patch.setattr(ShardWriter, "sync", sync)
+
+
 def busy_for(target: Path) -> Callable[[Any, Any], None]:
     """`os.rename` on a machine that does not let go of `target`."""
     real = os.rename
@@ -128,15 +139,13 @@ def test_an_output_that_came_meanwhile_is_not_replaced(
 ) -> None:
     plan, _ = measured
     prune_checkpoint(place / "dense", plan, place / "whole")
-    real = ShardWriter.sync
 
-    def sync(self: ShardWriter) -> None:
-        real(self)
+    def another_call() -> None:
         (place / "out").mkdir()
         (place / "out" / "config.json").write_text("of another call")
 
     with monkeypatch.context() as patch, pytest.raises(UsageError, match="out exists already"):
-        patch.setattr(ShardWriter, "sync", sync)
+        when_all_is_written(patch, another_call)
         prune_checkpoint(place / "dense", plan, place / "out")
     assert contents(place / "out") == {"config.json": b"of another call"}
     shutil.rmtree(place / "out")
@@ -288,15 +297,13 @@ def test_a_folder_is_worked_in_by_one_call_at_a_time(
 ) -> None:
     plan, _ = measured
     prune_checkpoint(place / "dense", plan, place / "whole")
-    real = ShardWriter.sync
 
-    def sync(self: ShardWriter) -> None:
+    def other_calls() -> None:
         for options in ({}, {"resume": True}, {"overwrite": True}):
             with pytest.raises(UsageError, match="another process works in .*out.unfinished: wait until it has ended"):
                 prune_checkpoint(place / "dense", plan, place / "out", **options)
-        real(self)
 
-    monkeypatch.setattr(ShardWriter, "sync", sync)
+    when_all_is_written(monkeypatch, other_calls)
     prune_checkpoint(place / "dense", plan, place / "out")
     assert contents(place / "out") == contents(place / "whole")
     assert sorted(path.name for path in place.iterdir()) == ["dense", "out", "statistics", "whole"]

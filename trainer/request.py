@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ..errors import UsageError, unknown
-from ..files import alone, refuse_existing, refuse_lost
+from ..files import alone, occupied, refuse_existing, refuse_lost
 from ..inputs import text_paths
 from .models import check_trackers, check_weights, load_config, local_folder, quantization
 from .presets import PRESET_DATA, Settings, resolve
@@ -151,7 +151,7 @@ def check_output(request: Request) -> None:
     refuse_existing(request.output, request.overwrite)
     record = request.work / REQUEST_FILE
     if not record.is_file():
-        if request.work.exists() and not (request.work.is_dir() and not any(request.work.iterdir())):
+        if occupied(request.work):
             raise UsageError(f"{request.work}, where the training would be kept, is something else: move it away")
         return
     with alone(request.work):
