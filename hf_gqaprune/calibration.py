@@ -121,14 +121,28 @@ def draw(
     counts = _shares(samples, [weight for _, weight in texts], [len(pool) for pool in pools], seq_len)
     rng = random.Random(seed)
     rows = [pool[_spread(len(pool), count, rng)] for pool, count in zip(pools, counts, strict=True)]
-    # interleaved, so that held-out windows come from every source
-    order = sorted((i / max(1, count), s, i) for s, count in enumerate(counts) for i in range(count))
-    ids = torch.stack([rows[s][i] for _, s, i in order])
+    ids = torch.stack([rows[s][i] for s, i in _interleaved(counts)])
     records = tuple(
         Source(text.name, text.split, text.sha256, count, weight)
         for (text, weight), count in zip(texts, counts, strict=True)
     )
     return Calibration(ids, records, seed)
+
+
+def _interleaved(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """`(source, row)` of every window, the sources mixed evenly, also among the windows that will be held out."""
+    spread = sorted((i / max(1, count), s, i) for s, count in enumerate(counts) for i in range(count))
+    order, held = [(s, i) for _, s, i in spread], [0] * len(counts)
+    for last in range(HELD_OUT_EVERY - 1, len(order), HELD_OUT_EVERY):
+
+        def due(position: int, until: int = last + 1) -> tuple[int, int]:
+            source = order[position][0]
+            return counts[source] * until - held[source] * HELD_OUT_EVERY * len(order), position
+
+        # the source that has least of its share held out so far
+        order.insert(last, order.pop(max(range(last + 1 - HELD_OUT_EVERY, last + 1), key=due)))
+        held[order[last][0]] += 1
+    return order
 
 
 def drawing(tokenizer: Any, texts: Sequence[tuple[Text, float]]) -> int:

@@ -66,8 +66,9 @@ class _Steps:
         """Remove the columns that cost least, one after the other, and bring P and A up to date."""
         if self.p.device.type == "cuda" and self.taken == 1:
             self.recorded = torch.cuda.CUDAGraph()
+            device, stream = self.p.device, torch.cuda.Stream(self.p.device)
             # another thread may be writing what was measured before
-            with torch.cuda.graph(self.recorded, capture_error_mode="thread_local"):
+            with torch.cuda.device(device), torch.cuda.graph(self.recorded, stream=stream, capture_error_mode="thread_local"):
                 self._pick()
         if self.recorded is None:
             self._pick()

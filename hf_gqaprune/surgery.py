@@ -11,7 +11,7 @@ from .correction import natural_gradient_steps
 from .devices import CPU, check_held, spread
 from .errors import UsageError, unknown
 from .factors import cholesky_, solve_
-from .measurement import check_outer_weights, check_weights
+from .measurement import check_outer_weights, check_weights, frozen
 from .plan import LayerPlan, LayerShape, PruningPlan
 from .reconstruction import refit_on_pruned_prefix
 from .statistics import Moments, Statistics
@@ -88,9 +88,10 @@ def prune(
     whole = PruningPlan.from_dict(previous).compose(plan) if previous else plan
     pruned.prune_plan = whole.to_dict()
     if walked is not None:
-        refit_on_pruned_prefix(model, pruned, walked)
-        if compensation == "natural_gradient":
-            natural_gradient_steps(model, pruned, walked)
+        with frozen(model):
+            refit_on_pruned_prefix(model, pruned, walked)
+            if compensation == "natural_gradient":
+                natural_gradient_steps(model, pruned, walked)
     if inplace:
         model.to("meta")
     return pruned

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_gqaprune import Calibration
-from hf_gqaprune.calibration import LOGITS_PER_BATCH, TOKENS_PER_BATCH, _shares, _spread, parse_weight, split_batches
+from hf_gqaprune.calibration import LOGITS_PER_BATCH, TOKENS_PER_BATCH, _interleaved, _shares, _spread, parse_weight, split_batches
 from hf_gqaprune.errors import UsageError
 
 
@@ -74,15 +74,27 @@ def test_what_a_short_source_lacks_comes_from_the_others(tokenizer: Any, tmp_pat
     assert letters(calibration, tokenizer) == {"a": 3, "b": 13}
 
 
-def test_held_out_windows_are_one_in_eight_of_every_source(tokenizer: Any, tmp_path: Path) -> None:
-    first, second = numbered(tmp_path, "first.txt", 200, "a"), numbered(tmp_path, "second.txt", 200, "b")
-    calibration = Calibration.from_text(tokenizer, [first, second], samples=32, seq_len=9)
+@pytest.mark.parametrize(
+    ("weights", "held_out"),
+    [((1, 1), (2, 2)), ((3, 1), (3, 1)), ((1, 1, 1, 1), (1, 1, 1, 1)), ((2, 1, 1), (2, 1, 1))],
+)
+def test_held_out_windows_are_one_in_eight_of_every_source(
+    weights: tuple[int, ...], held_out: tuple[int, ...], tokenizer: Any, tmp_path: Path
+) -> None:
+    named = [(letter, numbered(tmp_path, f"{letter}.txt", 400, letter)) for letter in "abcd"[: len(weights)]]
+    sources = [f"{path}={weight}" for (_, path), weight in zip(named, weights, strict=True)]
+    calibration = Calibration.from_text(tokenizer, sources, samples=32, seq_len=9)
     assert calibration.held_out.shape == (4, 9)
     assert torch.equal(calibration.held_out, calibration.ids[7::8])
     assert calibration.fitted.shape == (28, 9)
     rows = [tuple(row.tolist()) for part in (calibration.held_out, calibration.fitted) for row in part]
     assert sorted(rows) == sorted(tuple(row.tolist()) for row in calibration.ids)
-    assert len(letters(Calibration.from_ids(calibration.ids[:16]), tokenizer)) == 2
+    found = letters(Calibration.from_ids(calibration.held_out), tokenizer)
+    assert [found[letter] for letter, _ in named] == list(held_out)
+
+
+def test_three_even_sources_are_taken_in_turn() -> None:
+    assert [source for source, _ in _interleaved([16, 16, 16])] == 16 * [0, 1, 2]
 
 
 def test_the_seed_decides(tokenizer: Any, tmp_path: Path) -> None:

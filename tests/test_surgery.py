@@ -196,6 +196,15 @@ def test_inplace_is_fitted_to_the_dense_model_as_it_was(compensation: str) -> No
     assert all(torch.equal(tensor, expected[name]) for name, tensor in pruned.items())
 
 
+@pytest.mark.parametrize("compensation", ["least_squares", "natural_gradient"])
+def test_a_dense_model_in_train_mode_drops_nothing(compensation: str) -> None:
+    dense = tiny_llama(attention_dropout=0.5)
+    statistics = collect_statistics(dense, Calibration.from_ids(token_ids(16, 24)))
+    plan = make_plan(statistics, backbone_ratio=0.2)
+    found = [prune(dense.train(mode), plan, statistics, compensation=compensation).state_dict() for mode in (True, False)]
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
 def moments_of(x: torch.Tensor) -> Moments:
     return Moments(len(x), (x.T @ x / len(x)).float(), x.mean(0).float())
 
