@@ -5,6 +5,7 @@ else is imported when it is first used.
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from .configuration_pruned_llama import PrunedLlamaConfig
@@ -19,6 +20,10 @@ from .modeling_pruned_llama import (
 )
 
 __version__ = "0.1.0"
+
+if (_root := Path(__file__).parents[1]).joinpath("pyproject.toml").is_file():
+    # a source tree, which Python prefers where it is started in one, keeps trainer/ and others beside this package
+    __path__.append(str(_root))
 
 register()
 

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from .column_kernel import LeastRatios
 
 #: removals between two matrix-matrix updates
 _LAZY = 64
@@ -59,27 +69,45 @@ class _Steps:
         self.panels = p.new_empty(2, count, len(p))
         self.rows = p.new_empty(2, len(p))
         self.gone = p.new_tensor([[1.0], [math.inf]])
+        self.least: LeastRatios | None = None
+        if p.device.type == "cuda" and _kernels():
+            from .column_kernel import LeastRatios
+
+            self.least = LeastRatios(self.diagonals)
         self.taken = 0
         self.recorded: torch.cuda.CUDAGraph | None = None
 
     def take(self) -> None:
         """Remove the columns that cost least, one after the other, and bring P and A up to date."""
-        if self.p.device.type == "cuda" and self.taken == 1:
+        if self.p.device.type == "cuda":
+            with torch.cuda.device(self.p.device):
+                self._play()
+        else:
+            self._pick()
+        s, r = self.panels
+        self.p.addmm_(s.T, s, alpha=-1)
+        self.a.addmm_(self.panels.flatten(0, 1).T, torch.cat((r, s)), alpha=-1)
+
+    def _play(self) -> None:
+        """`_pick`, recorded at the second time."""
+        self.taken += 1
+        if self.taken == 2:
             self.recorded = torch.cuda.CUDAGraph()
-            device, stream = self.p.device, torch.cuda.Stream(self.p.device)
             # another thread may be writing what was measured before
-            with torch.cuda.device(device), torch.cuda.graph(self.recorded, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.recorded, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
                 self._pick()
         if self.recorded is None:
             self._pick()
         else:
             self.recorded.replay()
-        self.taken += 1
-        s, r = self.panels
-        self.p.addmm_(s.T, s, alpha=-1)
-        self.a.addmm_(self.panels.flatten(0, 1).T, torch.cat((r, s)), alpha=-1)
 
     def _pick(self) -> None:
+        if self.least is not None:
+            from .column_kernel import remove
+
+            for k in range(len(self.picked)):
+                remove(k, self.p, self.a, self.panels, self.diagonals, self.least, self.picked, self.costs)
+            return
         self.panels.zero_()
         for k in range(len(self.picked)):
             self._step(k)
@@ -103,6 +131,14 @@ class _Steps:
         new[1].addcmul_(new[0], half_cost, value=-1)
         self.diagonals.addcmul_(new, new[0], value=-1)
         self.diagonals.index_copy_(1, u, self.gone)
+
+
+@functools.cache
+def _kernels() -> bool:
+    """Whether Triton, which comes with torch for a GPU on Linux, is there, and what it builds its launchers with."""
+    compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return importlib.util.find_spec("triton") is not None and compiler is not None and header.is_file()
 
 
 def _moved_together(matrix: torch.Tensor, stay: torch.Tensor) -> torch.Tensor:

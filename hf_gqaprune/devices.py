@@ -51,17 +51,17 @@ def within(device: torch.device, way_out: str, size: int | None = None) -> Itera
     Raises:
         WorkError: it was too little; one line that ends in `way_out`.
     """
-    gpu = device.type == "cuda"
-    if gpu and size is not None:
+    bound = size if device.type == "cuda" else None
+    if bound is not None:
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, bound / total), device)
     try:
         yield
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
         raise WorkError(f"the memory of {device} is full ({reason}): {way_out}") from error
     finally:
-        if gpu:
+        if bound is not None:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 

@@ -13,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_gqaprune import Calibration
-from hf_gqaprune.calibration import LOGITS_PER_BATCH, TOKENS_PER_BATCH, _interleaved, _shares, _spread, parse_weight, split_batches
+from hf_gqaprune.calibration import (
+    LOGITS_PER_BATCH,
+    TOKENS_PER_BATCH,
+    _interleaved,
+    _shares,
+    _spread,
+    parse_weight,
+    split_batches,
+)
 from hf_gqaprune.errors import UsageError
 
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -29,6 +35,39 @@ def test_the_same_columns_go_at_the_same_cost(n: int, monkeypatch: pytest.Monkey
         found, steps = device_curvature.remove_columns(fill_(invert_(h.clone())), a.clone())
         assert found == order.tolist()
         assert torch.allclose(torch.tensor(steps, dtype=torch.float64).cumsum(0), cost, rtol=1e-10, atol=0)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton comes with torch for a GPU")
+def test_the_kernel_removes_what_the_operations_of_torch_remove() -> None:
+    """In Triton's interpreter, which a process has to begin with."""
+    code = """
+import torch
+from hf_gqaprune import column_kernel, device_curvature
+from hf_gqaprune.factors import fill_, invert_
+from test_device_curvature import problem
+
+
+class Steps(device_curvature._Steps):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.least = column_kernel.LeastRatios(self.diagonals)
+
+
+plain = device_curvature._Steps
+for n in (1, 5, 64, 130, 300):
+    h, a = problem(n, n)
+    inverse = fill_(invert_(h))
+    found = []
+    for device_curvature._Steps in (plain, Steps):
+        found.append(device_curvature.remove_columns(inverse.clone(), a.clone()))
+    (order, costs), (expected, wanted) = found
+    assert order == expected, n
+    torch.testing.assert_close(torch.tensor(costs), torch.tensor(wanted), rtol=1e-5, atol=0)
+"""
+    run = [sys.executable, "-c", code]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(run, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_what_stays_is_moved_together_in_its_own_memory() -> None:

@@ -69,6 +69,16 @@ def test_the_wheel_has_every_folder_of_code(installed):
         assert {path for path in modules if not (installed / "hf_gqaprune" / place / path).is_file()} == set()
 
 
+def test_a_source_tree_is_whole_where_python_finds_it_first(installed, tmp_path):
+    parts = ("hf_gqaprune", "configuration", "trainer", "model_cards")
+    for part in parts:
+        shutil.copytree(ROOT / part, tmp_path / part)
+    (tmp_path / "pyproject.toml").touch()
+    code = "from hf_gqaprune.trainer import recover; from hf_gqaprune.configuration import builtin; print(recover.__file__)"
+    # installed as well, which comes behind the folder that Python is started in
+    assert python(code, tmp_path, PYTHONPATH=str(installed)).strip() == str(tmp_path / "trainer" / "recover.py")
+
+
 def test_importing_loads_the_model_classes_only(tmp_path):
     code = "import sys, hf_gqaprune; print([n for n in sys.argv[1:] if n in sys.modules] or 'none')"
     heavy = "('evaluate', 'trl', 'peft', 'torch_pruning', 'datasets', 'lm_eval', 'matplotlib')"

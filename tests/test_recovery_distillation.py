@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_gqaprune import identity, make_plan, prune, recover
+from hf_gqaprune.errors import WorkError
 from hf_gqaprune.trainer import distill
 from hf_gqaprune.trainer.blockwise import reconstruct
 from hf_gqaprune.trainer.distill import divergence, losses, top_logits
@@ -161,6 +162,28 @@ def test_the_cache_on_disk_trains_as_the_teacher_in_memory(
     assert len(first) == len(second) > 2
     for a, b in zip(first, second, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_a_full_gpu_says_which_settings_take_less(
+    dense: Path, pruned: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No CPU has a memory of its own that is full: the error of a GPU is raised where it would be."""
+    from hf_gqaprune.trainer.sft import RecoveryTrainer
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    settings = {**SETTINGS, "max_tokens": 256, "teacher": dense}
+    with monkeypatch.context() as patched:
+        patched.setattr(RecoveryTrainer, "compute_loss", full)
+        for changes, ways in (
+            ({}, "teacher_cache=true, or set quantize=4bit"),
+            ({"teacher_cache": True, "method": "full"}, "method=lora"),
+        ):
+            told = rf"lower device_tokens \(4096\) or seq_len \(\d+\), or set {ways}, and start anew"
+            with pytest.raises(WorkError, match=rf"memory of cpu is full \(CUDA out of memory\): {told}"):
+                recover(pruned, [text], tmp_path / "out", overwrite=True, **settings, **changes)
+    assert recover(pruned, [text], tmp_path / "out", overwrite=True, **settings).is_dir()
 
 
 def test_blocks_of_the_pruned_model_move_towards_the_dense_ones() -> None:

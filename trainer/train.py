@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import yaml
 from safetensors import SafetensorError
 
 from .. import identity
+from ..devices import within
 from ..errors import UsageError, WorkError
 from ..files import alone, new_folder, write_json, write_text
 from ..provenance import LOG_FILE
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from trl import SFTConfig
 
+    from .presets import Settings
     from .sft import RecoveryTrainer
 
 #: points of the loss curve
@@ -117,12 +120,13 @@ def _train(request: Request, held: ExitStack) -> Path:
         if request.settings.method == "lora":
             write_adapter_identity(checkpoint, request.model, folder, base)
 
-    trainer = _make_trainer(request, folder, tokenizer, data, steps, finish, last is not None)
-    started = time.monotonic()
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    seconds = time.monotonic() - started
-    if trainer.eval_dataset is not None and not _evaluated_last(trainer):
-        trainer.evaluate()
+    with within(state.device, _smaller(request)):
+        trainer = _make_trainer(request, folder, tokenizer, data, steps, finish, last is not None)
+        started = time.monotonic()
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        seconds = time.monotonic() - started
+        if trainer.eval_dataset is not None and not _evaluated_last(trainer):
+            trainer.evaluate()
     trained = request.work / "trained"
     try:
         trainer.save_model(str(trained))
@@ -138,6 +142,19 @@ def _train(request: Request, held: ExitStack) -> Path:
         ) from error
     state.wait_for_everyone()
     return Path(request.output)
+
+
+def _smaller(request: Request) -> str:
+    """What takes less of a GPU's memory."""
+    settings = request.settings
+    ways = [f"lower device_tokens ({settings.device_tokens}) or seq_len ({settings.seq_len})"]
+    if request.teacher is not None and settings.distillation and not settings.teacher_cache:
+        ways.append("set teacher_cache=true")
+    if settings.method == "full":
+        ways.append("set method=lora")
+    elif settings.quantize is None:
+        ways.append("set quantize=4bit")
+    return f"{', or '.join(ways)}, and start anew"
 
 
 def has_accelerator() -> bool:
@@ -164,8 +181,9 @@ def _make_trainer(
     model: Any = load_model(folder, training_dtype(load_config(folder), settings), **_placement(request))
     recompute = recompute_activations(model, settings)
     adapter = lora_config(model, settings) if settings.method == "lora" else None
-    dense = None if request.teacher is None else _dense_model(request.teacher)
-    if dense is not None and settings.blockwise_tokens and not resumed:
+    dense = None
+    if request.teacher is not None and settings.blockwise_tokens and not resumed:
+        dense = _dense_model(request.teacher)
         model, adapter = _reconstructed(model, adapter, dense, data, request, steps), None
     patience = settings.patience
     trainer = RecoveryTrainer(
@@ -179,8 +197,9 @@ def _make_trainer(
         weight=settings.distillation,
         finish=finish,
     )
-    if dense is not None and settings.distillation:
-        trainer.teacher = _teacher(trainer, dense, request, steps)
+    if request.teacher is not None and settings.distillation:
+        make_dense = functools.partial(_dense_model, request.teacher) if dense is None else lambda: dense
+        trainer.teacher = _teacher(trainer, make_dense, request, steps)
     # stands in for the progress bar where there is no terminal, and prints every log entry
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -254,24 +273,40 @@ def _dense_model(teacher: str) -> PreTrainedModel:
 
 
 def _teacher(
-    trainer: RecoveryTrainer, dense: PreTrainedModel, request: Request, steps: Steps
+    trainer: RecoveryTrainer, dense: Callable[[], PreTrainedModel], request: Request, steps: Steps
 ) -> Teacher | TeacherCache:
     """The dense model itself, or its predictions for every training row, written to disk by all processes together."""
     from accelerate import PartialState
 
     settings = request.settings
-    teacher = Teacher(dense, settings.top_k, settings.temperature)
     if not settings.teacher_cache:
-        return teacher
+        return Teacher(dense(), settings.top_k, settings.temperature)
     state, cache = PartialState(), request.work / "teacher"
     own = cache / f"{state.process_index}-of-{state.num_processes}"
     if not is_cached(own):
         rows = trainer.train_dataset
         mine = range(state.process_index * steps.rows, len(rows), state.num_processes * steps.rows)
         batches = (trainer.data_collator([rows[i] for i in range(at, min(at + steps.rows, len(rows)))]) for at in mine)
-        write_cache(teacher, batches, own, state.device)
+        with _set_aside(trainer.model, settings):
+            write_cache(Teacher(dense(), settings.top_k, settings.temperature), batches, own, state.device)
     state.wait_for_everyone()
     return TeacherCache(cache, settings.temperature)
+
+
+@contextmanager
+def _set_aside(model: Any, settings: Settings) -> Iterator[None]:
+    """Keep the model in the memory of the host, so that a GPU need not hold two; one of four bits is small and stays."""
+    device = model.device
+    moved = device.type == "cuda" and settings.quantize is None
+    if moved:
+        model.to("cpu")
+        torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        if moved:
+            torch.cuda.empty_cache()
+            model.to(device)
 
 
 def _reconstructed(
