@@ -232,8 +232,8 @@ def _check_license(folder: Path, repo_id: str) -> None:
     terms = llama_terms(metadata)
     if terms is None:
         return
-    name = repo_id.rpartition("/")[2]
-    lacking = [] if re.match(terms.name_pattern, name) else [f"the name {name!r} must {terms.name_rule}"]
+    objection = terms.objection(repo_id)
+    lacking = [objection] if objection else []
     missing = [f for f in ("LICENSE", "USE_POLICY", "NOTICE") if not any(p.is_file() for p in folder.glob(f"{f}*"))]
     if missing:
         lacking.append(f"{folder} needs {', '.join(missing)} (from the base model; `gqaprune card` writes NOTICE)")

@@ -178,6 +178,8 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> str
         UsageError: before any work, for a recipe that makes no sense or an output that exists.
         WorkError: a stage failed; finished ones stay in the output folder.
     """
+    from .model_cards.licenses import check_name
+
     folder = Path(recipe.output)
     _check_output(folder, resume, overwrite)
     request = _request(recipe)
@@ -186,6 +188,8 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> str
     _refuse_lost(folder, prepared, (*recipe.evaluate.data, *trained_on))
     texts = _check_evaluation(recipe, prepared)
     trained = _check_recovery(recipe, prepared)
+    if recipe.card.name is not None:
+        check_name(recipe.card.name, recipe.model, recipe.card.license)
     base = {
         "model": (recipe.model, model_state(prepared.folder, Checkpoint(prepared.folder))),
         "seed": recipe.seed,
@@ -366,12 +370,13 @@ def _publish(recipe: Recipe, folder: Path, final: str) -> str:
     """Complete the folder that `push` would send, and say what there is to say."""
     from . import hub
     from .model_cards.card import create_model_card
+    from .model_cards.licenses import derived_name
     from .model_cards.load_line import card_command
     from .report import Report
 
     for name in (REPORT, PLOT, "recipe.yaml"):
         shutil.copyfile(folder / name, folder / final / name)
-    name = recipe.card.name or f"{Path(recipe.without_paths().model).name}-pruned"
+    name = recipe.card.name or derived_name(recipe.without_paths().model)
     create_model_card(
         folder / final, base_model=recipe.model, license=recipe.card.license, name=name, overwrite=True
     )

@@ -36,7 +36,7 @@ class PruneRequest:
     ratio: float | None = None
     backbone_ratio: float | None = None
     criterion: str | None = None
-    allocation: str = "global"
+    allocation: str | None = None
     temperature: float | None = None
     attention_share: float | None = None
     rates: tuple[float, ...] | None = None

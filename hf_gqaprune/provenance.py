@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,11 @@ def calibrated_on(prepared: Prepared) -> list[dict[str, Any]]:
     """`Calibration.record()` of all text that a request reads, or that its saved statistics were measured on."""
     measured = prepared.statistics.calibration if prepared.statistics else None
     return [source for windows in (measured, prepared.calibration) if windows for source in windows.record()]
+
+
+def named(sources: Iterable[Mapping[str, Any]]) -> str:
+    """`books (train), wikitext2 (train)` of entries such as `Calibration.record()` has."""
+    return ", ".join(f"{source['name']} ({source['split']})" for source in sources)
 
 
 def seen(folder: Path) -> list[dict[str, Any]]:

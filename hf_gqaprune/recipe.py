@@ -36,22 +36,26 @@ class CalibrationRecipe:
 
 @dataclass(frozen=True)
 class PruneRecipe:
-    """How much is removed, and which units. Exactly one of `ratio` (of all parameters) and `backbone_ratio`.
+    """How much is removed, and which units: exactly one of `ratio` (of all parameters), `backbone_ratio` and `rates`.
 
-    See `make_plan` for the fields. `allocation` is `global`, `search`, `uniform` or `layer_importance`. `compensation` is
-    `natural_gradient` unless said otherwise, with `memory` (such as `8GiB`, a bound on this stage alone) `least_squares`.
+    See `make_plan` for the fields, and `gqaprune prune --help` for those of this stage: `compensation`, `memory` and
+    `device`, which is measured on, too.
     """
 
     ratio: float | None = None
     backbone_ratio: float | None = None
+    rates: tuple[float, ...] | None = None
     criterion: str = "curvature"
-    allocation: str = "global"
+    allocation: str | None = None
     temperature: float | None = None
     attention_share: float | None = None
+    min_kv_heads: int = 1
+    min_ffn: int = 1
     keep_layers: tuple[int, ...] = ()
     round_to: int | None = None
     compensation: str | None = None
     memory: str | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -130,10 +134,10 @@ class Recipe:
         recipe = _build(cls, data, "", source)
         chosen = [name for name in _RATIOS if getattr(recipe.prune, name) is not None]
         if len(chosen) != 1:
-            was = "both are set" if chosen else "neither is set"
+            was = f"{' and '.join(chosen)} are set" if chosen else "none is set"
             raise UsageError(
-                f"{source}: exactly one of prune.ratio (of all parameters) and prune.backbone_ratio (of the decoder "
-                f"layers) is needed, {was}: pass --set prune.ratio=0.2"
+                f"{source}: exactly one of prune.ratio (of all parameters), prune.backbone_ratio (of the decoder layers) and "
+                f"prune.rates (one per layer) is needed, {was}: pass --set prune.ratio=0.2"
             )
         return recipe
 
@@ -161,8 +165,10 @@ class Recipe:
         )
 
 
-#: of these two keys a recipe has one; setting one on the command line unsets the other
-_RATIOS = ("ratio", "backbone_ratio")
+#: of these keys a recipe has one; setting one on the command line unsets the others
+_RATIOS = ("ratio", "backbone_ratio", "rates")
+#: whole numbers that may be less than 1
+_LEAST = {"seed": -math.inf, "prune.min_kv_heads": 0, "prune.min_ffn": 0}
 
 
 def builtin_names() -> tuple[str, ...]:
@@ -264,7 +270,11 @@ def _value(hint: Any, value: object, key: str, source: str) -> Any:
     if typing.get_origin(wanted) is tuple:
         item_type = typing.get_args(wanted)[0]
         items = value if isinstance(value, list) else [value]
-        if all(isinstance(item, item_type) and not isinstance(item, bool) for item in items):
+        if item_type is float:
+            numbers = [_number(item) for item in items]
+            if None not in numbers:
+                return tuple(numbers)
+        elif all(isinstance(item, item_type) and not isinstance(item, bool) for item in items):
             return tuple(items)
     elif typing.get_origin(wanted) is dict:
         return value
@@ -272,8 +282,8 @@ def _value(hint: Any, value: object, key: str, source: str) -> Any:
         number = _number(value)
         if number is not None:
             return number
-    elif wanted is int and key != "seed" and isinstance(value, int) and value < 1:
-        raise UsageError(f"{source}: {key} must be a whole number from 1, not {value!r}")
+    elif wanted is int and isinstance(value, int) and value < (least := _LEAST.get(key, 1)):
+        raise UsageError(f"{source}: {key} must be a whole number from {least}, not {value!r}")
     elif isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
         return value
     raise UsageError(f"{source}: {key} must be {_WANTED[wanted]}, not {value!r}")
@@ -297,6 +307,7 @@ _WANTED: dict[Any, str] = {
     bool: "true or false",
     tuple[str, ...]: "a list of texts",
     tuple[int, ...]: "a list of whole numbers",
+    tuple[float, ...]: "a list of numbers",
 }
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import UsageError, unknown
 from .evaluation import PerplexityResult
 from .files import refuse_existing, write_json
+from .provenance import named
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -166,8 +167,7 @@ class Report:
         ]
         conditions = [result.conditions() for result in stages[0].perplexity.values()]
         choice = f"{_removed(self.plan)}; criterion {self.plan['criterion']}, allocation {self.plan['allocation']}"
-        read = ", ".join(f"{source['name']} ({source['split']})" for source in self.calibration)
-        seen = [f"calibrated on {read}"] if read else []
+        seen = [f"calibrated on {named(self.calibration)}"] if self.calibration else []
         return "\n".join([*lines, "", *conditions, *seen, choice])
 
     def plot(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

@@ -43,6 +43,11 @@ class LlamaTerms:
     built_with: str | None
     notice: str
 
+    def objection(self, name: str) -> str | None:
+        """What is wrong with `ORG/NAME` or a bare name for a derived model; `None`: nothing."""
+        bare = name.rpartition("/")[2]
+        return None if re.match(self.name_pattern, bare) else f"the name {bare!r} must {self.name_rule}"
+
 
 def _terms(version: str) -> LlamaTerms:
     return LlamaTerms(
@@ -82,6 +87,11 @@ def llama_terms(metadata: Mapping[str, Any]) -> LlamaTerms | None:
     return next((LLAMA[name] for name in named if name in LLAMA), None)
 
 
+def derived_name(base_model: str) -> str:
+    """A bare name for what was pruned of `base_model`, such as the licence of a Llama asks for."""
+    return f"{Path(base_model).name.removeprefix('Meta-')}-pruned"
+
+
 def is_hub_id(model: str | os.PathLike[str]) -> bool:
     """Whether `model` names a repository `ORG/NAME` rather than a folder here."""
     return _HUB_ID.fullmatch(str(model)) is not None and not Path(model).exists()
@@ -99,6 +109,13 @@ def inherited(base_model: str | os.PathLike[str]) -> dict[str, Any]:
     elif is_hub_id(base_model):
         stated = _hub_metadata(str(base_model))
     return {"license": UNKNOWN, **{key: stated[key] for key in INHERITED if stated.get(key) is not None}}
+
+
+def check_name(name: str, base_model: str | os.PathLike[str], license: str | None = None) -> None:
+    """Raise [`UsageError`] where the licence, `None`: the base model's, does not let a derived model be called so."""
+    terms = llama_terms({"license": license} if license is not None else inherited(base_model))
+    if terms and (objection := terms.objection(name)):
+        raise UsageError(f"{terms.title}: {objection}")
 
 
 def license_of_text(folder: Path) -> str | None:

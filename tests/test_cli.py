@@ -312,7 +312,7 @@ def test_defaults_of_flags_are_those_of_the_request(model):
     from hf_gqaprune.preparation import PruneRequest
 
     line = ["prune", str(model), "-o", "out"]
-    given = {"--ratio 0.2": {"ratio": 0.2}, "--rates 0.1,0,0": {"rates": (0.1, 0.0, 0.0), "allocation": "per_layer"}}
+    given = {"--ratio 0.2": {"ratio": 0.2}, "--rates 0.1,0,0": {"rates": (0.1, 0.0, 0.0)}}
     for flags, fields in given.items():
         request = _prune_request(make_parser().parse_args([*line, *flags.split()]))
         assert request == PruneRequest(model=str(model), **fields)

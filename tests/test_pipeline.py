@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_gqaprune as gp
 from hf_gqaprune import hub, identity, pipeline
 from hf_gqaprune.cli import main
+from hf_gqaprune.model_cards.licenses import LLAMA, derived_name
 
 NUMBERS = "one two three four five six seven eight nine ten".split()
 
@@ -92,6 +93,23 @@ def test_the_whole_way_and_back(capsys, tmp_path, recipe):
     assert identity.fingerprint(out / "recovered") == before
     report = json.loads((out / "recovered" / "report.json").read_text())
     assert {stage["perplexity"]["test"]["seq_len"] for stage in report["stages"]} == {64}
+
+
+def test_a_name_that_the_licence_forbids_is_refused_before_any_work(capsys, tmp_path, recipe):
+    named = ["--set", "card.name=acme/Small-Llama-3", "--set", "card.license=llama3"]
+    assert main(["run", str(recipe), *named]) == 2
+    told = "Meta Llama 3 Community License: the name 'Small-Llama-3' must begin with 'Llama-3'"
+    assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
+    terms = LLAMA["llama3"]
+    assert terms.objection(derived_name("meta-llama/Meta-Llama-3-8B")) is None
+    assert derived_name("Llama-3.2-1B") == "Llama-3.2-1B-pruned"
+
+
+def test_a_recipe_may_give_every_layer_its_rate(capsys, tmp_path, recipe):
+    changes = ("rates=[0.5, 0.25, 0]", "criterion=magnitude", "compensation=none", "device=cpu")
+    assert main(["run", str(recipe), *(word for change in changes for word in ("--set", f"prune.{change}"))]) == 0
+    plan = gp.PruningPlan.load(tmp_path / "out" / "plan.json")
+    assert [len(layer.kv_groups) for layer in plan.layers] == [2, 3, 4]
 
 
 def test_what_a_run_says_of_publishing_works(capsys, tmp_path, recipe):

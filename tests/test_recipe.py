@@ -33,6 +33,8 @@ def test_overrides_are_typed_and_the_two_ratios_exclude_each_other(recipe_file):
     prune = Recipe.load(recipe_file, changes).prune
     assert (prune.keep_layers, prune.round_to, prune.attention_share, prune.temperature) == ((0, -1), 32, 0.0, 2.0)
     assert Recipe.load(recipe_file, ["prune.keep_layers=2"]).prune.keep_layers == (2,)
+    prune = Recipe.load(recipe_file, ["prune.rates=[0, 0.25]", "prune.min_kv_heads=0", "prune.min_ffn=64"]).prune
+    assert (prune.ratio, prune.rates, prune.min_kv_heads, prune.min_ffn) == (None, (0.0, 0.25), 0, 64)
 
 
 def test_recovery_takes_any_setting_beside_its_own_keys(recipe_file, tmp_path):
@@ -58,7 +60,10 @@ def test_recovery_takes_any_setting_beside_its_own_keys(recipe_file, tmp_path):
         ("prune.keep_layers=[true]", "a list of whole numbers"),
         ("evaluate.data=[1]", "a list of texts"),
         ("prune.round_to=0", "a whole number from 1"),
-        ("prune.ratio=null", "exactly one"),
+        ("prune.rates=[0.1, some]", "prune.rates must be a list of numbers"),
+        ("prune.min_ffn=-1", "a whole number from 0"),
+        ("prune.ratio=null", "exactly one .* none is set"),
+        ("prune={ratio: 0.2, rates: [0.1]}", "exactly one .* ratio and rates are set"),
     ],
 )
 def test_what_makes_no_sense_is_refused(recipe_file, override, said):

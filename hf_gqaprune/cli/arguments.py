@@ -154,7 +154,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         help="of DENSE PRUNED [RECOVERED]: write report.json and report.png, which a card shows, into the last",
     )  # fmt: skip
     _overwrite(parser)
-    _device(parser)
+    _device(parser, "all GPUs")
 
 
 def card(parser: argparse.ArgumentParser) -> None:
@@ -261,8 +261,8 @@ def _bound(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
 
 
-def _device(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:N, or auto: all GPUs (default: the first, if any)")
+def _device(group: argparse._ActionsContainer, default: str = "the first") -> None:
+    group.add_argument("--device", metavar="D", help=f"cpu, cuda, cuda:N, or auto: all GPUs (default: {default}, if any)")
 
 
 def _calibration(group: argparse._ArgumentGroup) -> None:

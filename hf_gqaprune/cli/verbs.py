@@ -38,11 +38,12 @@ def plan(args: argparse.Namespace) -> None:
 
 def prune(args: argparse.Namespace) -> None:
     """Write the smaller checkpoint."""
-    from .. import pipeline, ranks
+    from .. import identity, pipeline, provenance, ranks
 
     chosen = pipeline.prune_model(_prune_request(args), args.output, overwrite=args.overwrite, resume=args.resume)
     if ranks.index() == 0:
-        print(f"{chosen}\n\nwritten to {args.output}")
+        texts = provenance.named((identity.read(Path(args.output)) or {}).get("calibration", ()))
+        print(f"{chosen}\n\nwritten to {args.output}" + (f", calibrated on {texts}" if texts else ""))
 
 
 def recover(args: argparse.Namespace) -> None:
@@ -199,8 +200,6 @@ def _prune_request(args: argparse.Namespace) -> PruneRequest:
     # the others have the defaults of the request
     names = (*_CHOICES, *_PASS, "ratio", "backbone_ratio", "rates", "compensation", "statistics", "memory", "device")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.rates:
-        given.setdefault("allocation", "per_layer")
     return PruneRequest(model=args.model, seed=args.seed, plan=plan, **given)
 
 
