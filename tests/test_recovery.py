@@ -35,10 +35,10 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(ids).logits
 
 
-def adapted(base: Path, adapter: Path) -> Any:
+def adapted(base: Path, adapter: Path, dtype: Any = "auto") -> Any:
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), adapter)
 
 
 def test_the_merged_checkpoint_is_the_adapter_on_its_base(pruned: Path, text: str, tmp_path: Path) -> None:
@@ -126,6 +126,17 @@ def test_variants_of_lora_merge_too(dense: Path, text: str, tmp_path: Path, opti
     out = recover(dense, [text], tmp_path / "out", **SETTINGS, **options)
     expected = logits(adapted(dense, out / "adapter"))
     assert (logits(AutoModelForCausalLM.from_pretrained(out)) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}])
+def test_half_precision_weights_are_merged_in_float32(dense: Path, text: str, tmp_path: Path, options: dict[str, Any]) -> None:
+    base = prune_to(dense, tmp_path / "base", 0.2, torch.bfloat16)
+    out = recover(base, [text], tmp_path / "out", **SETTINGS, **options)
+    wide = adapted(base, out / "adapter", torch.float32)
+    expected = wide.merge_and_unload().bfloat16().state_dict()
+    changed = [name for name, tensor in weights(base).items() if not torch.equal(tensor, expected[name])]
+    assert all("_proj" in name for name in changed) and changed
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(out).items())
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

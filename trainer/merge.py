@@ -83,11 +83,18 @@ def base_of(adapter: Path, base: str | Path | None = None) -> Path:
 def merged(adapter: Path, folder: Path) -> PreTrainedModel:
     """The model in `folder` with the weights of `adapter` added in float32, cast to the dtype `folder` has on disk."""
     from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
     dtype = stored_dtype(load_config(folder))
-    base = load_model(folder, torch.float32)
-    model = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
-    return model.to(dtype)
+    model = PeftModel.from_pretrained(load_model(folder, dtype), adapter)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            # one matrix in float32 at a time, where all of them may be more than there is memory
+            weight = module.get_base_layer().weight
+            weight.data = weight.data.float()
+            module.merge(safe_merge=True)
+            weight.data = weight.data.to(dtype)
+    return model.unload()
 
 
 def write_adapter_identity(adapter: Path, base: str | Path, folder: Path, base_fingerprint: str) -> None:
