@@ -15,6 +15,7 @@ from torch import nn
 
 from . import ranks
 from .calibration import Calibration, split_batches
+from .devices import CPU
 from .errors import WorkError
 from .factors import add_gram_, exact_products
 from .measurement import frozen
@@ -142,7 +143,11 @@ class _Step:
 
 
 class _Tap:
-    """Sums at one output projection: inputs x x^T, drawn gradients g g^T, and gradients of the divergence g x^T."""
+    """Sums at one output projection: inputs x x^T, drawn gradients g g^T, and gradients of the divergence g x^T.
+
+    Attributes:
+        curved: whether the second moments are known, from the first pass.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         self.linear = linear
@@ -151,14 +156,9 @@ class _Tap:
         self.outputs = torch.zeros(linear.out_features, linear.out_features, device=device)
         self.slope = torch.zeros(linear.out_features, linear.in_features, device=device)
         self.tokens = 0
-        self.drawn = False
+        self.drawn = self.curved = False
         self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
         self._x = torch.empty(0)
-
-    @property
-    def curved(self) -> bool:
-        """Whether the second moments are known, from the first pass."""
-        return self._factors is not None
 
     def begin(self) -> None:
         """Forget the gradient of the pass before."""
@@ -170,9 +170,12 @@ class _Tap:
 
     def direction(self) -> torch.Tensor:
         """(G + rI)^-1 D (H + rI)^-1, float64 `(out_features, in_features)`, made on the device and kept on the CPU."""
-        if self._factors is None:
-            self._factors = (_factor(self.outputs, self.tokens).cpu(), _factor(self.inputs, self.tokens).cpu())
-        outputs, inputs = (factor.to(self.slope.device) for factor in self._factors)
+        outputs, inputs = self._factors or (_factor(self.outputs, self.tokens), _factor(self.inputs, self.tokens))
+        # a GPU makes them anew sooner than the host finds room for those of all layers
+        if self.slope.device == CPU and not self.curved:
+            self._factors = outputs, inputs
+            self.outputs = self.inputs = torch.empty(0)
+        self.curved = True
         left = torch.cholesky_solve(self.slope.double() / self.tokens, outputs)
         return torch.cholesky_solve(left.T, inputs).T.cpu()
 

@@ -68,8 +68,12 @@ def test_the_direction_solves_both_sides(models):
             mean = total.double() / tokens
             return mean + 0.01 * mean.diagonal().mean() * torch.eye(len(mean), dtype=torch.float64)
 
-        back = ridged(tap.outputs) @ tap.direction() @ ridged(tap.inputs)
-        torch.testing.assert_close(back, tap.slope.double() / tap.tokens)
+        # the sums go where their factors are kept
+        outputs, inputs = ridged(tap.outputs), ridged(tap.inputs)
+        for scale in (1.0, 2.0):
+            tap.slope *= scale
+            back = outputs @ tap.direction() @ inputs
+            torch.testing.assert_close(back, tap.slope.double() / tap.tokens)
 
 
 def test_held_out_divergence_falls_and_only_output_projections_move(models):
