@@ -131,10 +131,10 @@ def test_tasks_become_rows_and_results(tmp_path: Path) -> None:
 
 
 def test_only_settings_that_differ_from_the_defaults_are_listed_and_the_recipe_is_verbatim(tmp_path: Path) -> None:
-    recipe = "# ours\nmodel: acme/Llama-mini\noutput: out\nprune: {ratio: 0.2, criterion: wanda, allocation: global}\n"
+    recipe = "# ours\nmodel: acme/Llama-mini\noutput: out\nprune: {ratio: 0.2, criterion: wanda, min_ffn: 1}\n"
     made = card(write(tmp_path, recipe=recipe + "recover: {data: [acme/books, notes.txt], preset: default}\n"))
     assert "- `prune.ratio: 0.2`\n- `prune.criterion: wanda`\n- `recover.data: [acme/books, notes.txt]`\n" in made.text
-    assert "`prune.allocation" not in made.text and "`recover.preset" not in made.text
+    assert "`prune.min_ffn" not in made.text and "`recover.preset" not in made.text
     assert recipe in made.text
     assert made.data.datasets == ["acme/books"]
 

@@ -7,8 +7,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from .. import identity
 from ..errors import UsageError
 from ..files import new_folder, refuse_existing, refuse_lost, write_json
