@@ -136,7 +136,8 @@ class _Steps:
 @functools.cache
 def _kernels() -> bool:
     """Whether Triton, which comes with torch for a GPU on Linux, is there, and what it builds its launchers with."""
-    compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
+    named = os.environ.get("CC")
+    compiler = shutil.which(named) if named else shutil.which("gcc") or shutil.which("clang")
     header = Path(sysconfig.get_path("include"), "Python.h")
     return importlib.util.find_spec("triton") is not None and compiler is not None and header.is_file()
 
