@@ -12,54 +12,47 @@ WIDTH = 64
 ROWS, PROGRAMS = 64, 256
 
 
-class LeastRatios:
-    """What every program of the kernel says after a step: the least ratio among its columns, where it is, and P there.
+class Kernel:
+    """`device_curvature._Steps._step`, one removal after the other.
 
-    Programs cannot wait for each other within a step, so that each one reads in the next what all have said, and says it
-    in another place.
+    Every program says after a step which of its columns has the least ratio, and what P is there. Programs cannot wait for
+    each other within a step, so that each one reads in the next what all have said, and says it in another place.
     """
 
-    def __init__(self, diagonals: torch.Tensor) -> None:
-        """Of the diagonals `(2, n)` of P and A / 2 as they are."""
-        n = diagonals.shape[1]
+    def __init__(
+        self,
+        p: torch.Tensor,
+        a: torch.Tensor,
+        panels: torch.Tensor,
+        diagonals: torch.Tensor,
+        picked: torch.Tensor,
+        costs: torch.Tensor,
+    ) -> None:
+        """Prepare the first step.
+
+        Args:
+            p, a: float64 `(n, n)`, contiguous, which change between the last step and the first one only.
+            panels: float64 `(2, removals, n)`; a step writes one row of each.
+            diagonals: float64 `(2, n)`, of P and A / 2, which steps bring up to date.
+            picked: int64 `(removals,)`, like `costs`, float64 `(removals,)`; a step writes one number of each.
+        """
+        n = len(p)
         ratios = diagonals.new_full((triton.cdiv(n, WIDTH), WIDTH), torch.inf)
         ratios.view(-1)[:n] = diagonals[1] / diagonals[0]
         least = ratios.min(1)
         columns = least.indices + WIDTH * torch.arange(len(ratios), device=diagonals.device)
-        self.programs = len(ratios)
-        self.ratios = least.values.repeat(2, 1)
-        self.columns = columns.repeat(2, 1)
         # a program whose columns are all gone says infinity of its first one
-        self.inverses = diagonals[0, columns.clamp(max=n - 1)].repeat(2, 1)
+        inverses = diagonals[0, columns.clamp(max=n - 1)]
+        said = (values.repeat(2, 1) for values in (least.values, columns, inverses))
+        self._programs, self._sizes = len(ratios), (len(picked), n)
+        self._tensors = (p, a, panels, diagonals, *said, picked, costs)
 
-
-def remove(
-    k: int,
-    p: torch.Tensor,
-    a: torch.Tensor,
-    panels: torch.Tensor,
-    diagonals: torch.Tensor,
-    least: LeastRatios,
-    picked: torch.Tensor,
-    costs: torch.Tensor,
-) -> None:
-    """The `k`-th removal since P and A were brought up to date; the arguments are attributes of `device_curvature._Steps`.
-
-    Args:
-        k: from 0 to the number of removals that `panels` has rows for.
-        p, a: float64 `(n, n)`, contiguous, as they were at `k` = 0.
-        panels: float64 `(2, removals, n)`; row `k` of each is written.
-        diagonals: float64 `(2, n)`, brought up to date.
-        least: brought up to date.
-        picked: int64 `(removals,)`; `costs`: float64 `(removals,)`; number `k` is written.
-    """
-    count = len(picked)
-    # sizes are not part of it where they need not be: it is compiled once for nearly all of them
-    rows, programs = max(ROWS, triton.next_power_of_2(count)), max(PROGRAMS, triton.next_power_of_2(least.programs))
-    _remove[(least.programs,)](
-        p, a, panels, diagonals, least.ratios, least.columns, least.inverses, picked, costs, k, count, len(p),
-        ROWS=rows, WIDTH=WIDTH, PROGRAMS=programs,
-    )  # fmt: skip
+    def __call__(self, k: int) -> None:
+        """The `k`-th removal since P and A were brought up to date, from 0."""
+        count, n = self._sizes
+        # sizes are not part of it where they need not be: it is compiled once for nearly all of them
+        rows, programs = max(ROWS, triton.next_power_of_2(count)), max(PROGRAMS, triton.next_power_of_2(self._programs))
+        _remove[(self._programs,)](*self._tensors, k, count, n, ROWS=rows, WIDTH=WIDTH, PROGRAMS=programs)
 
 
 @triton.jit(do_not_specialize=["k", "count", "n"])

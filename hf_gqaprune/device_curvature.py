@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from .column_kernel import LeastRatios
+    from .column_kernel import Kernel
 
 #: removals between two matrix-matrix updates
 _LAZY = 64
@@ -69,11 +69,11 @@ class _Steps:
         self.panels = p.new_empty(2, count, len(p))
         self.rows = p.new_empty(2, len(p))
         self.gone = p.new_tensor([[1.0], [math.inf]])
-        self.least: LeastRatios | None = None
+        self.kernel: Kernel | None = None
         if p.device.type == "cuda" and _kernels():
-            from .column_kernel import LeastRatios
+            from .column_kernel import Kernel
 
-            self.least = LeastRatios(self.diagonals)
+            self.kernel = Kernel(p, a, self.panels, self.diagonals, self.picked, self.costs)
         self.taken = 0
         self.recorded: torch.cuda.CUDAGraph | None = None
 
@@ -102,15 +102,9 @@ class _Steps:
             self.recorded.replay()
 
     def _pick(self) -> None:
-        if self.least is not None:
-            from .column_kernel import remove
-
-            for k in range(len(self.picked)):
-                remove(k, self.p, self.a, self.panels, self.diagonals, self.least, self.picked, self.costs)
-            return
-        self.panels.zero_()
+        step = self.kernel or self._step
         for k in range(len(self.picked)):
-            self._step(k)
+            step(k)
 
     def _step(self, k: int) -> None:
         """`curvature._pick`'s one step with the column as a tensor."""

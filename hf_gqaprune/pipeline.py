@@ -182,14 +182,14 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> str
 
     folder = Path(recipe.output)
     _check_output(folder, resume, overwrite)
+    if recipe.card.name is not None:
+        check_name(recipe.card.name, recipe.model, recipe.card.license)
     request = _request(recipe)
     prepared = prepare(request)
     trained_on = recipe.recover.data if recipe.recover else ()
     _refuse_lost(folder, prepared, (*recipe.evaluate.data, *trained_on))
     texts = _check_evaluation(recipe, prepared)
     trained = _check_recovery(recipe, prepared)
-    if recipe.card.name is not None:
-        check_name(recipe.card.name, recipe.model, recipe.card.license)
     base = {
         "model": (recipe.model, model_state(prepared.folder, Checkpoint(prepared.folder))),
         "seed": recipe.seed,

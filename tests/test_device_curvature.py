@@ -48,9 +48,9 @@ from test_device_curvature import problem
 
 
 class Steps(device_curvature._Steps):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.least = column_kernel.LeastRatios(self.diagonals)
+    def __init__(self, p, a, count):
+        super().__init__(p, a, count)
+        self.kernel = column_kernel.Kernel(p, a, self.panels, self.diagonals, self.picked, self.costs)
 
 
 plain = device_curvature._Steps
