@@ -16,12 +16,13 @@ from gqa_ablation import truncate as truncate_heads
 from torch import nn
 
 import hf_gqaprune as gp
-from hf_gqaprune.curvature import remove_greedily
+from hf_gqaprune.dependency_graph import trace_units
 from hf_gqaprune.errors import UsageError
-from hf_gqaprune.importance import Curve
-from hf_gqaprune.layer_importance import similarity
+from hf_gqaprune.linalg.obs import remove_greedily
+from hf_gqaprune.models.blocks import OUTPUT_PROJECTION
 from hf_gqaprune.plan import LayerPlan, PruningPlan
-from hf_gqaprune.torch_pruning import OUTPUT_PROJECTION, trace_units
+from hf_gqaprune.selection.layer_importance import similarity
+from hf_gqaprune.statistics.moments import Curve
 
 
 @dataclass

@@ -30,12 +30,12 @@ from shapes import SHAPES, make_checkpoint
 from transformers import LlamaConfig
 
 import hf_gqaprune as gp
-from hf_gqaprune.files import write_json
-from hf_gqaprune.importance import CRITERIA
-from hf_gqaprune.memory import Work
-from hf_gqaprune.plan import ModelShape
-from hf_gqaprune.report import versions
-from hf_gqaprune.streamed_statistics import room
+from hf_gqaprune.evaluation.report import versions
+from hf_gqaprune.models.shapes import ModelShape
+from hf_gqaprune.statistics.criteria import CRITERIA
+from hf_gqaprune.streaming.memory_bound import Work
+from hf_gqaprune.streaming.statistics import statistics_room as room
+from hf_gqaprune.utils.files import write_json
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:

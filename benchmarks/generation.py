@@ -30,11 +30,11 @@ from shapes import SHAPES, random_windows
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 import hf_gqaprune as gp
-from hf_gqaprune.files import write_json
-from hf_gqaprune.layerwise import skeleton
-from hf_gqaprune.plan import ModelShape
-from hf_gqaprune.report import versions
+from hf_gqaprune.evaluation.report import versions
+from hf_gqaprune.models.decoder import skeleton
+from hf_gqaprune.models.shapes import ModelShape
 from hf_gqaprune.surgery import pruned_config
+from hf_gqaprune.utils.files import write_json
 
 _SIZES = ("prefill", "prompt", "new_tokens", "batches", "repeat")
 

@@ -21,12 +21,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_gqaprune as gp
-from hf_gqaprune.calibration import split_batches
-from hf_gqaprune.evaluation import evaluate_perplexity
-from hf_gqaprune.files import write_json
+from hf_gqaprune.data.text import Text, load_text
+from hf_gqaprune.data.windows import split_batches
+from hf_gqaprune.evaluation.perplexity import evaluate_perplexity
+from hf_gqaprune.evaluation.report import count_parameters, versions
 from hf_gqaprune.plan import LayerPlan, PruningPlan
-from hf_gqaprune.report import count_parameters, versions
-from hf_gqaprune.text import Text, load_text
+from hf_gqaprune.utils.files import write_json
 
 Heads = tuple[list[int], list[int]]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

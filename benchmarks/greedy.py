@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from hf_gqaprune.curvature import remove_greedily
-from hf_gqaprune.factors import invert_
+from hf_gqaprune.linalg.obs import remove_greedily
+from hf_gqaprune.linalg.symmetric import invert_
 
 
 def moments(order: int) -> tuple[torch.Tensor, torch.Tensor]:

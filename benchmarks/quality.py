@@ -21,12 +21,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_gqaprune as gp
-from hf_gqaprune.calibration import split_batches
-from hf_gqaprune.evaluation import evaluate_perplexity
-from hf_gqaprune.files import write_json
-from hf_gqaprune.measurement import frozen
-from hf_gqaprune.report import versions
-from hf_gqaprune.text import load_text
+from hf_gqaprune.data.text import load_text
+from hf_gqaprune.data.windows import split_batches
+from hf_gqaprune.evaluation.perplexity import evaluate_perplexity
+from hf_gqaprune.evaluation.report import versions
+from hf_gqaprune.models.checks import frozen
+from hf_gqaprune.utils.files import write_json
 
 Cell = dict[str, Any]
 

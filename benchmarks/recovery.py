@@ -21,14 +21,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_gqaprune as gp
-from hf_gqaprune.evaluation import evaluate_perplexity
-from hf_gqaprune.files import write_json
-from hf_gqaprune.pipeline import PruneRequest, prune_model
-from hf_gqaprune.report import versions
-from hf_gqaprune.text import load_text
+from hf_gqaprune.configuration.recovery import resolve
+from hf_gqaprune.data.text import load_text
+from hf_gqaprune.evaluation.perplexity import evaluate_perplexity
+from hf_gqaprune.evaluation.report import versions
+from hf_gqaprune.pipeline.prune import prune_model
+from hf_gqaprune.pipeline.runner import PruneRequest
 from hf_gqaprune.trainer.blockwise import EPOCHS, reconstruct
 from hf_gqaprune.trainer.models import lora_config
-from hf_gqaprune.trainer.presets import resolve
+from hf_gqaprune.utils.files import write_json
 
 
 @dataclass(frozen=True)

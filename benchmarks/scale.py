@@ -37,11 +37,11 @@ import stages
 from shapes import SHAPES, forget, make_checkpoint, peak_rss, proc
 
 import hf_gqaprune as gp
-from hf_gqaprune.devices import choose
-from hf_gqaprune.files import write_json
-from hf_gqaprune.report import versions
-from hf_gqaprune.shard_writer import _BEHIND, _STRETCH
-from hf_gqaprune.shards import let_go
+from hf_gqaprune.checkpoint.reader import let_go
+from hf_gqaprune.checkpoint.writer import _BEHIND, _STRETCH
+from hf_gqaprune.evaluation.report import versions
+from hf_gqaprune.utils.device import choose
+from hf_gqaprune.utils.files import write_json
 
 BACKBONE_RATIO = 0.2
 _BLOCK = 1 << 22

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from hf_gqaprune.devices import choose
-from hf_gqaprune.files import write_json
-from hf_gqaprune.shard_writer import ShardWriter
-from hf_gqaprune.shards import INDEX
+from hf_gqaprune.checkpoint.reader import INDEX
+from hf_gqaprune.checkpoint.writer import ShardWriter
+from hf_gqaprune.utils.device import choose
+from hf_gqaprune.utils.files import write_json
 
 _BLOCK = 1 << 26
 _LLAMA_3 = {

@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from hf_gqaprune.evaluation import evaluate_perplexity
-from hf_gqaprune.files import write_json
-from hf_gqaprune.pipeline import PruneRequest, prune_model
+from hf_gqaprune.data.text import load_text
+from hf_gqaprune.evaluation.perplexity import evaluate_perplexity
+from hf_gqaprune.evaluation.report import versions
+from hf_gqaprune.pipeline.prune import prune_model
+from hf_gqaprune.pipeline.runner import PruneRequest
 from hf_gqaprune.plan import PruningPlan
-from hf_gqaprune.report import versions
-from hf_gqaprune.text import load_text
+from hf_gqaprune.utils.files import write_json
 
 THEIRS = "torch-pruning's recipe"
 

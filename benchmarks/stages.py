@@ -12,14 +12,16 @@ import torch
 from shapes import forget, forget_peak, peak_rss, proc, random_windows
 
 import hf_gqaprune as gp
-from hf_gqaprune import measurement
-from hf_gqaprune.calibration import split_batches
-from hf_gqaprune.devices import within
-from hf_gqaprune.factors import add_gram_
-from hf_gqaprune.importance import CRITERIA
-from hf_gqaprune.memory import Work, check_bound, parse_size
-from hf_gqaprune.plan import ModelShape
-from hf_gqaprune.trainer.models import load_config, load_model
+from hf_gqaprune.checkpoint.loading import load_config, load_model
+from hf_gqaprune.data.windows import split_batches
+from hf_gqaprune.linalg.symmetric import add_gram_
+from hf_gqaprune.models.checks import frozen
+from hf_gqaprune.models.shapes import ModelShape
+from hf_gqaprune.statistics import collect as measurement
+from hf_gqaprune.statistics.criteria import CRITERIA
+from hf_gqaprune.streaming.memory_bound import Work, check_bound
+from hf_gqaprune.utils.device import within
+from hf_gqaprune.utils.memory import parse_size
 
 Figures = dict[str, Any]
 
@@ -88,7 +90,7 @@ def in_memory(checkpoint: Path, tokens: int, seq_len: int, backbone_ratio: float
     windows = gp.Calibration.from_ids(random_windows(model.config.vocab_size, tokens, seq_len))
     shape = ModelShape.from_config(model.config)
     seconds: dict[str, float] = {}
-    with _timed(seconds, "bare passes"), measurement.frozen(model):
+    with _timed(seconds, "bare passes"), frozen(model):
         measurement._run(model, windows, backward=True)
     with _timed(seconds, "bare products"):
         _products(shape, windows, model.dtype)

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_gqaprune import demo
+from hf_gqaprune.data import demo
 
 WINDOW, BATCH, WARMUP, PEAK, FLOOR = 128, 8, 60, 4e-3, 0.02
 CHARS = 3_500_000
@@ -74,8 +74,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)  # the sums, hence the weights, then do not depend on the number of cores
     torch.manual_seed(args.seed)
-    tokenizer = train_tokenizer(demo.text("train"))
-    ids = torch.tensor(tokenizer(demo.text("train", CHARS), add_special_tokens=False, verbose=False)["input_ids"])
+    tokenizer = train_tokenizer(demo.demo_text("train"))
+    ids = torch.tensor(tokenizer(demo.demo_text("train", CHARS), add_special_tokens=False, verbose=False)["input_ids"])
     windows = ids[: len(ids) // (WINDOW - 1) * (WINDOW - 1)].view(-1, WINDOW - 1)
     windows = torch.cat([torch.full((len(windows), 1), tokenizer.bos_token_id), windows], 1)
     model = build_model(tokenizer)

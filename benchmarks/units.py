@@ -22,15 +22,15 @@ from competitors import Dense
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_gqaprune as gp
-from hf_gqaprune.calibration import split_batches
-from hf_gqaprune.evaluation import evaluate_perplexity
-from hf_gqaprune.files import write_json
-from hf_gqaprune.layerwise import Surroundings, batches_of
+from hf_gqaprune.compensation.least_squares import Walk
+from hf_gqaprune.data.text import load_text
+from hf_gqaprune.data.windows import batches_of, split_batches
+from hf_gqaprune.evaluation.perplexity import evaluate_perplexity
+from hf_gqaprune.evaluation.report import count_parameters, versions
+from hf_gqaprune.models.build import assemble, config_of_layers
+from hf_gqaprune.models.decoder import Surroundings
 from hf_gqaprune.plan import PruningPlan
-from hf_gqaprune.reconstruction import Walk
-from hf_gqaprune.report import count_parameters, versions
-from hf_gqaprune.surgery import assemble, config_of_layers
-from hf_gqaprune.text import load_text
+from hf_gqaprune.utils.files import write_json
 
 ATTENTION, MLP = "attention", "mlp"
 

@@ -1,11 +1,5 @@
-"""How to run: recipes and accelerate configurations that come with the package, by name."""
+"""Declare every setting, and hold the packaged recipes and accelerate configurations."""
 
-from __future__ import annotations
+import lazy_loader
 
-from pathlib import Path
-from typing import Literal
-
-
-def builtin(kind: Literal["recipes", "accelerate"]) -> dict[str, Path]:
-    """`{name: YAML file}` of the packaged files of one kind, sorted by name."""
-    return {path.stem: path for path in sorted((Path(__file__).parent / kind).glob("*.yaml"))}
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

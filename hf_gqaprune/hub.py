@@ -14,8 +14,18 @@ from typing import Any
 import yaml
 
 from .errors import UsageError, WorkError
-from .model_cards.licenses import UNKNOWN, card_metadata, license_of_text, llama_terms
-from .model_cards.load_line import loads_from, names_repository, renaming_command
+from .model_cards import (
+    UNKNOWN,
+    card_metadata,
+    head,
+    license_of_text,
+    llama_terms,
+    loads_from,
+    names_repository,
+    renaming_command,
+)
+from .models import LayerShape, layer_shapes
+from .plan import PruningPlan
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -342,8 +352,6 @@ def _model_problems(folder: Path, config_data: Mapping[str, Any], stored: dict[s
 
     import hf_gqaprune  # noqa: F401  registers the architecture
 
-    from .model_cards.card import head
-
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
@@ -365,8 +373,6 @@ def _model_problems(folder: Path, config_data: Mapping[str, Any], stored: dict[s
 
 def _plan_problems(folder: Path, config: Any) -> list[str]:
     """Where the sizes of the config are not those that the plan leaves."""
-    from .plan import LayerShape, PruningPlan, layer_shapes
-
     if not (folder / "prune_plan.json").is_file():
         return ["no prune_plan.json"] if config.model_type == "pruned_llama" else []
     try:

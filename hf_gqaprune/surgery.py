@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .correction import natural_gradient_steps
-from .devices import CPU, check_held, spread
+from .compensation import natural_gradient_steps, refit_columns, refit_on_pruned_prefix
+from .dependency_graph import UnitSlices, trace_units
 from .errors import UsageError, unknown
-from .factors import cholesky_, solve_
-from .measurement import check_outer_weights, check_weights, frozen
-from .plan import LayerPlan, LayerShape, PruningPlan
-from .reconstruction import refit_on_pruned_prefix
+from .models import (
+    OUTPUT_PROJECTION,
+    PrunedLlamaConfig,
+    PrunedLlamaForCausalLM,
+    assemble,
+    check_held,
+    check_outer_weights,
+    check_weights,
+    config_of_layers,
+    frozen,
+)
+from .plan import LayerPlan, PruningPlan
 from .statistics import Moments, Statistics
-from .torch_pruning import OUTPUT_PROJECTION, UnitSlices, trace_units
+from .utils import CPU
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .configuration_pruned_llama import PrunedLlamaConfig
-    from .modeling_pruned_llama import PrunedLlamaForCausalLM
-
 #: from the best to the cheapest
 COMPENSATIONS = ("natural_gradient", "least_squares", "bias", "none")
-#: columns of a second moment that are converted to float64 at once
-_COLUMNS = 2048
 _NORMS = {"attention": "input_layernorm.weight", "mlp": "post_attention_layernorm.weight"}
 
 
@@ -159,33 +162,6 @@ def prune_layer(
     return result
 
 
-def refit_columns(weight: torch.Tensor, moments: Moments, columns: torch.Tensor) -> torch.Tensor:
-    """The `columns` of `weight` that reproduce its output best on the calibration inputs.
-
-    Minimises tr((W - W') (H + ridge I) (W - W')^T) over W' that are zero outside `columns`, whose solution is
-    W'_S = W_S + W_R H_RS (H_SS + ridge I)^-1, R the columns that go (ridge regression towards W_S).
-
-    Args:
-        weight: `(d, n)`, any float dtype; the solve runs in float64.
-        moments: of the projection's inputs, on any device.
-        columns: int64 `(k,)`, sorted.
-
-    Returns:
-        `(d, k)` in the dtype and on the device of `weight`.
-    """
-    moments, columns = moments.to(weight.device), columns.to(weight.device)
-    stays = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device).index_fill_(0, columns, True)
-    gone = weight.detach()[:, ~stays].double()
-    # H in float64 would be twice what is there in float32: columns come a few at a time, then the square that stays
-    parts = [gone @ moments.inputs[:, some][~stays].double() for some in columns.split(_COLUMNS)]
-    rows = torch.cat(parts, 1)  # (d, k)
-    del gone, parts
-    square = moments.inputs[columns][:, columns].double()
-    square.diagonal().add_(moments.added())
-    solved = solve_(cholesky_(square), rows)
-    return solved.add_(weight.detach()[:, columns]).to(weight.dtype).contiguous()
-
-
 def check_compensation(compensation: str, plan: PruningPlan, statistics: Statistics | None) -> None:
     """Raise [`UsageError`] unless `statistics` hold what `compensation` needs for `plan`."""
     if compensation not in COMPENSATIONS:
@@ -211,53 +187,6 @@ def pruned_config(config: Any, plan: PruningPlan) -> PrunedLlamaConfig:
     return config_of_layers(
         config, plan.target.layers, attention_bias=plan.attention_bias, mlp_bias=plan.mlp_bias
     )
-
-
-def config_of_layers(config: Any, shapes: Sequence[LayerShape], **values: Any) -> PrunedLlamaConfig:
-    """`config` with layers of these `shapes`: global values stay, layers that differ go to `per_layer_config`."""
-    from .configuration_pruned_llama import PrunedLlamaConfig
-
-    kept = config.to_dict()
-    for key in ("model_type", "architectures", "auto_map", "per_layer_config", "layer_types", "transformers_version"):
-        kept.pop(key, None)
-    layers = {}
-    for index, shape in enumerate(shapes):
-        sizes: dict[str, Any] = {}
-        if shape.kv_heads:
-            sizes |= {"num_attention_heads": shape.query_heads, "num_key_value_heads": shape.kv_heads}
-        if shape.ffn:
-            sizes["intermediate_size"] = shape.ffn
-        if shape.skip:
-            sizes["skip"] = shape.skip
-        layers[index] = sizes
-    return PrunedLlamaConfig(**{**kept, **values}, per_layer_config=layers)
-
-
-def assemble(
-    model: PreTrainedModel, config: PrunedLlamaConfig, state: dict[str, torch.Tensor]
-) -> PrunedLlamaForCausalLM:
-    """A pruned model that holds the tensors of `state`, in eval mode, set up like `model`.
-
-    Args:
-        model: gives the attention implementation and the generation config.
-        config: the sizes of `state`.
-        state: every weight but a tied head; taken, not copied.
-    """
-    from accelerate import init_empty_weights
-
-    from .modeling_pruned_llama import PrunedLlamaForCausalLM
-
-    with init_empty_weights(include_buffers=False):
-        pruned = PrunedLlamaForCausalLM(config)
-    pruned.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)
-    pruned.tie_weights()
-    pruned.set_attn_implementation(model.config._attn_implementation)
-    pruned.model.rotary_emb.to(state["model.embed_tokens.weight"].device)
-    pruned.generation_config = model.generation_config
-    for parameter in pruned.parameters():
-        parameter.requires_grad_(True)
-    spread(pruned, getattr(model, "hf_device_map", {}))
-    return pruned.eval()
 
 
 def _changed(kept: LayerPlan, slices: UnitSlices, kind: str) -> bool:

@@ -1,1 +1,5 @@
-"""Model cards written from a plan and a report."""
+"""Write model cards, and read licences."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -13,12 +13,11 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from .. import identity
+from ..checkpoint import read_identity, training
+from ..configuration import Recipe
 from ..errors import UsageError
-from ..files import refuse_existing, write_text
 from ..plan import PruningPlan
-from ..provenance import training
-from ..recipe import Recipe
+from ..utils import refuse_existing, write_text
 from .licenses import inherited, is_hub_id, llama_terms
 
 #: named datasets -> id and config on the Hub
@@ -93,7 +92,7 @@ def _render(folder: Path, base_model: str | os.PathLike[str], stated: dict[str, 
     _check_report(report, plan)
     recipe_path = folder / "recipe.yaml"
     recipe = recipe_path.read_text(encoding="utf-8") if recipe_path.exists() else ""
-    known = identity.read(folder) or {}
+    known = read_identity(folder) or {}
     log = training(folder)
     terms = llama_terms(stated)
     pipeline_tag, auto_class = head(config)

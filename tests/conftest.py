@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from hub_server import TOKEN, HubServer
+from support.hub_server import TOKEN, HubServer
 
 _HUB = HubServer()
 _HOME = tempfile.TemporaryDirectory(prefix="hf_home_")

@@ -15,19 +15,19 @@ from typing import Any
 
 import pytest
 import torch
-from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCardData, create_repo
 from safetensors.torch import load_file, save_file
+from support.hub_server import TOKEN, HubServer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_gqaprune import PrunedLlamaForCausalLM
+from hf_gqaprune.checkpoint.loading import local_folder
 from hf_gqaprune.cli import main
 from hf_gqaprune.errors import UsageError, WorkError
 from hf_gqaprune.hub import bundle, push, verify
 from hf_gqaprune.model_cards.card import create_model_card
 from hf_gqaprune.plan import LayerPlan, PruningPlan
 from hf_gqaprune.surgery import pruned_config
-from hf_gqaprune.trainer.models import local_folder
 
 IDS = torch.tensor([[0, 74, 71, 78, 78, 81], [0, 3, 200, 258, 5, 9]])
 #: runs where hf_gqaprune cannot be imported: argv holds the repository and a file with the ids and logits of the saver

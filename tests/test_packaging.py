@@ -15,9 +15,9 @@ import yaml
 
 from hf_gqaprune.cli import make_parser, verbs
 from hf_gqaprune.configuration import builtin
-from hf_gqaprune.recipe import Recipe, assignment
-from hf_gqaprune.trainer.presets import PRESETS, Settings, resolve
-from hf_gqaprune.trainer.recover import accelerate_flags
+from hf_gqaprune.configuration.recipe import Recipe, assignment
+from hf_gqaprune.configuration.recovery import PRESETS, Settings, resolve
+from hf_gqaprune.trainer.launch import accelerate_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,13 +47,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_all_subpackages_and_data(installed, tmp_path):
     code = """
-import hf_gqaprune, hf_gqaprune.trainer.recover, hf_gqaprune.model_cards.card
+import hf_gqaprune, hf_gqaprune.trainer.recovery, hf_gqaprune.model_cards.card
 from hf_gqaprune.configuration import builtin
-from hf_gqaprune import demo
+from hf_gqaprune.data import demo
 from pathlib import Path
 print(Path(hf_gqaprune.__file__).parent)
 print(sorted(builtin("recipes")), sorted(builtin("accelerate")))
-print((demo.model_path() / "model.safetensors").is_file())
+print((demo.demo_model_path() / "model.safetensors").is_file())
 print((Path(hf_gqaprune.model_cards.card.__file__).parent / "template.md.jinja").is_file())
 """
     place, names, model, template = python(code, tmp_path, PYTHONPATH=str(installed)).splitlines()
@@ -74,9 +74,9 @@ def test_a_source_tree_is_whole_where_python_finds_it_first(installed, tmp_path)
     for part in parts:
         shutil.copytree(ROOT / part, tmp_path / part)
     (tmp_path / "pyproject.toml").touch()
-    code = "from hf_gqaprune.trainer import recover; from hf_gqaprune.configuration import builtin; print(recover.__file__)"
+    code = "from hf_gqaprune.trainer import recovery; from hf_gqaprune.configuration import builtin; print(recovery.__file__)"
     # installed as well, which comes behind the folder that Python is started in
-    assert python(code, tmp_path, PYTHONPATH=str(installed)).strip() == str(tmp_path / "trainer" / "recover.py")
+    assert python(code, tmp_path, PYTHONPATH=str(installed)).strip() == str(tmp_path / "trainer" / "recovery.py")
 
 
 def test_importing_loads_the_model_classes_only(tmp_path):

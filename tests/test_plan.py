@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny import tiny_config, tiny_llama, token_ids
+from support.tiny import tiny_config, tiny_llama, token_ids
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from hf_gqaprune import (
@@ -24,11 +24,11 @@ from hf_gqaprune import (
     collect_statistics,
     make_plan,
 )
-from hf_gqaprune.allocation import unit_parameters
 from hf_gqaprune.errors import UsageError
-from hf_gqaprune.importance import Curve
-from hf_gqaprune.plan import LayerPlan, LayerShape, ModelShape, layer_shapes
-from hf_gqaprune.statistics import BlockStatistics, Statistics
+from hf_gqaprune.models.shapes import LayerShape, ModelShape, layer_shapes, unit_parameters
+from hf_gqaprune.plan import LayerPlan
+from hf_gqaprune.statistics.moments import Curve
+from hf_gqaprune.statistics.store import BlockStatistics, Statistics
 
 LAYERED: dict[str, Any] = {"ratio": 0.2, "allocation": "layer_importance"}
 LLAMA_3_8B = LlamaConfig(

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCABULARY, tiny_llama, token_ids
+from support.tiny import VOCABULARY, tiny_llama, token_ids
 from transformers import LlamaForCausalLM
 
 from hf_gqaprune import Calibration, collect_statistics, make_plan, prune
 from hf_gqaprune.cli import main
+from hf_gqaprune.compensation.columns import refit_columns
 from hf_gqaprune.errors import UsageError, WorkError
-from hf_gqaprune.importance import CRITERIA
-from hf_gqaprune.statistics import Moments
-from hf_gqaprune.surgery import COMPENSATIONS, refit_columns
+from hf_gqaprune.statistics.criteria import CRITERIA
+from hf_gqaprune.statistics.moments import Moments
+from hf_gqaprune.surgery import COMPENSATIONS
 
 IDS = token_ids(16, 12)
 Edit = Callable[[Any], None]

@@ -10,15 +10,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import VOCABULARY, tiny_config, tiny_llama, token_ids
+from support.tiny import VOCABULARY, tiny_config, tiny_llama, token_ids
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from hf_gqaprune import Calibration, PrunedLlamaForCausalLM, PruningPlan, collect_statistics, make_plan, prune
+from hf_gqaprune.compensation.columns import refit_columns
 from hf_gqaprune.errors import UsageError
-from hf_gqaprune.plan import LayerPlan, ModelShape
-from hf_gqaprune.statistics import RIDGE, Moments, Statistics
-from hf_gqaprune.surgery import refit_columns
+from hf_gqaprune.models.shapes import ModelShape
+from hf_gqaprune.plan import LayerPlan
+from hf_gqaprune.statistics.moments import RIDGE, Moments
+from hf_gqaprune.statistics.store import Statistics
 
 
 @st.composite

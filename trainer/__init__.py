@@ -1,1 +1,5 @@
-"""Recovery after pruning: what `accelerate launch` starts."""
+"""Recover a pruned checkpoint by training, and merge adapters."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

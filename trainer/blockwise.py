@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layerwise import Surroundings
+from ..models import Surroundings
 
 #: what a block is fitted with unless said otherwise
 LEARNING_RATE = 3e-3

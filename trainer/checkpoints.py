@@ -8,10 +8,9 @@ import re
 import shutil
 from pathlib import Path
 
-from ..files import write_json
+from ..utils import write_json
 
 logger = logging.getLogger(__name__)
-
 MANIFEST = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 

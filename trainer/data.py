@@ -7,15 +7,14 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from ..calibration import cut_windows, parse_weight, token_ids
-from ..errors import UsageError
-from ..text import Text, load_text
-from .presets import Settings
-from .sources import KINDS, Rows, not_text, open_source
+from ..configuration import Settings
+from ..data import NAMED, TABLES, Text, cut_windows, load_text, open_dataset, parse_weight, token_ids
+from ..errors import UsageError, unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 IGNORED = -100
 #: of each source, and of the training in all, at most one row in so many is held out
 _HELD_OUT_SHARE = 20
-
 _ALPACA = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
@@ -170,7 +168,7 @@ def _windows(tokenizer: Any, ids: list[int], seq_len: int, name: str) -> list[Ro
 
 def _example(tokenizer: Any, example: dict[str, Any], source: Rows, seq_len: int, number: int) -> Row:
     kind = source.kind
-    for column in KINDS[kind]:
+    for column in EXAMPLE_KINDS[kind]:
         value = example[column]
         # prompt and completion may be chats as well
         if not isinstance(value, str) and not (isinstance(value, list) and kind in ("messages", "completion")):
@@ -282,3 +280,72 @@ def _dataset(rows: list[Row], settings: Settings, packed: bool) -> Dataset:
     from trl import pack_dataset
 
     return pack_dataset(dataset, settings.seq_len, "bfd", {"num_proc": None})
+
+
+#: kind of example -> the columns that make it, in the order they are looked for
+EXAMPLE_KINDS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+}
+
+
+@dataclass
+class Rows:
+    """Examples of a dataset.
+
+    Attributes:
+        kind: one of `KINDS`; `text` only where the dataset is streamed.
+        examples: mappings with at least the columns of `kind`.
+        sha256: of the examples read so far; empty before.
+    """
+
+    name: str
+    split: str
+    kind: str
+    examples: Iterable[dict[str, Any]]
+    sha256: str = ""
+
+
+def open_source(source: str, split: str, streaming: bool = False) -> Text | Rows:
+    """Open a named text, a text file, a `.json`, `.jsonl`, `.csv` or `.parquet` file, or a dataset `PATH[:CONFIG]`.
+
+    Args:
+        split: of datasets; named texts and files have only one that trains.
+        streaming: do not download a dataset before reading it.
+
+    Raises:
+        UsageError: for a source that is not there, a split it does not have, or columns that make no example.
+    """
+    path = Path(source)
+    if source in NAMED or (path.is_file() and path.suffix not in TABLES):
+        return load_text(source, split="train")
+    if path.suffix in (*TABLES, ".txt", ".md") and not path.is_file():
+        raise UsageError(f"no such file: {source}")
+    if not (path.exists() or "/" in source):
+        raise unknown("text", source, [*NAMED, "a file", "a dataset id ORG/NAME"])
+    rows = open_dataset(source, split, streaming)
+    columns = list(rows.column_names or next(iter(rows), ()))
+    if not columns:
+        raise UsageError(f"dataset {source} holds no rows")
+    kind = next((kind for kind, needed in EXAMPLE_KINDS.items() if set(needed) <= set(columns)), None)
+    if kind is None:
+        wanted = "; ".join(" + ".join(needed) for needed in EXAMPLE_KINDS.values())
+        raise UsageError(f"dataset {source} has columns {', '.join(columns)}; training needs one of: {wanted}")
+    name = Path(source.partition(":")[0]).stem
+    if kind == "text" and not streaming:
+        texts = rows["text"][:]
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise not_text(source, number, "text", text)
+        content = "\n\n".join(texts)
+        if not content.strip():
+            raise UsageError(f"the text {source} is empty")
+        return Text(name, split, content)
+    return Rows(name, split, kind, rows)
+
+
+def not_text(source: str, number: int, column: str, value: Any) -> UsageError:
+    """The error for row `number`, counted from 0, that has no text in `column`."""
+    return UsageError(f"row {number + 1} of {source} holds {value!r:.60} in column {column!r}, which is not text: drop it")

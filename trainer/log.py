@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .data import TrainingData
 from .request import Request
-
-if TYPE_CHECKING:
-    from .sft import RecoveryTrainer
-    from .train import Steps
+from .sft import RecoveryTrainer
+from .steps import Steps
 
 #: in the recovered checkpoint, beside the log; a model card shows it
 CURVE_FILE = "training.png"

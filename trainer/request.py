@@ -10,11 +10,12 @@ from typing import Any
 
 import yaml
 
+from ..checkpoint import check_weight_files, load_config, local_folder
+from ..configuration import PRESET_DATA, Settings, resolve
+from ..data import text_paths
 from ..errors import UsageError, unknown
-from ..files import alone, occupied, refuse_existing, refuse_lost
-from ..inputs import text_paths
-from .models import check_trackers, check_weights, load_config, local_folder, quantization
-from .presets import PRESET_DATA, Settings, resolve
+from ..utils import alone, occupied, refuse_existing, refuse_lost
+from .models import check_trackers, quantization
 
 #: in the folder of an unfinished training
 REQUEST_FILE = "recover.yaml"
@@ -91,7 +92,7 @@ def make_request(
         raise UsageError("no training text was named: pass --data NAME_OR_FILE")
     folder = local_folder(model)
     config = load_config(folder)
-    check_weights(folder)
+    check_weight_files(folder)
     limit = getattr(config, "max_position_embeddings", None)
     seq_len = settings.seq_len or min(_SEQ_LEN, limit or _SEQ_LEN)
     if limit is not None and seq_len > limit:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import WorkError
-from ..files import write_json
+from ..utils import write_json
 from .distill import Targets, Teacher, scored
 
 _INDEX = "sequences.json"

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,33 +17,31 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from .. import identity
-from ..devices import within
+from ..checkpoint import (
+    IDENTITY_FILE,
+    LOG_FILE,
+    fingerprint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    local_folder,
+    stored_dtype,
+    write_checkpoint,
+)
+from ..configuration import Settings
 from ..errors import UsageError, WorkError
-from ..files import alone, new_folder, write_json, write_text
-from ..provenance import LOG_FILE
-from ..unfinished import drop
+from ..utils import alone, drop, new_folder, within, write_json, write_text
 from . import checkpoints
 from .blockwise import EPOCHS, reconstruct
 from .data import TrainingData, load_data
 from .distill import Teacher
 from .log import CURVE_FILE, draw, training_log
-from .merge import ADAPTER, merged, write_adapter_identity, write_checkpoint
-from .models import (
-    autocast_bf16,
-    computable_dtype,
-    load_config,
-    load_model,
-    load_tokenizer,
-    local_folder,
-    lora_config,
-    quantization,
-    recompute_activations,
-    stored_dtype,
-    training_dtype,
-)
+from .merging import ADAPTER, merged, write_adapter_identity
+from .models import autocast_bf16, computable_dtype, lora_config, quantization, recompute_activations, training_dtype
 from .quiet import quiet
 from .request import REQUEST_FILE, Request, check_output
+from .sft import RecoveryTrainer
+from .steps import Steps, plan_steps
 from .teacher_cache import TeacherCache, is_cached, write_cache
 
 if TYPE_CHECKING:
@@ -51,45 +49,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from trl import SFTConfig
 
-    from .presets import Settings
-    from .sft import RecoveryTrainer
-
 #: points of the loss curve
 _LOG_POINTS = 50
-
-
-@dataclass(frozen=True)
-class Steps:
-    """How rows become optimizer steps: `rows` per forward pass, `accumulation` of those, `processes` at once."""
-
-    rows: int
-    accumulation: int
-    processes: int
-    per_epoch: int
-    total: int
-
-    @property
-    def rows_per_step(self) -> int:
-        """Rows of one optimizer step, all processes together."""
-        return self.rows * self.accumulation * self.processes
-
-
-def plan_steps(request: Request, rows: int, processes: int) -> Steps:
-    """The step size nearest to `batch_tokens` that all processes share evenly; the same one for 1 and for 2 processes.
-
-    Raises:
-        UsageError: fewer rows than processes.
-    """
-    settings, seq_len = request.settings, request.settings.seq_len or 1
-    if rows < processes:
-        raise UsageError(f"the training text makes {rows} rows for {processes} processes: give more text")
-    wanted = min(max(1, (settings.batch_tokens or seq_len) // seq_len), rows)
-    # rounded down where the text holds no more
-    share = min(math.ceil(wanted / processes), rows // processes)
-    most = max(1, settings.device_tokens // seq_len)
-    device_rows = max(count for count in range(1, min(share, most) + 1) if share % count == 0)
-    per_epoch = rows // (share * processes)
-    return Steps(device_rows, share // device_rows, processes, per_epoch, per_epoch * settings.epochs)
 
 
 def train(request: Request) -> Path:
@@ -107,7 +68,7 @@ def _train(request: Request, held: ExitStack) -> Path:
     tokenizer = load_tokenizer(folder)
     data = load_data(tokenizer, request.data, request.settings, seed=request.seed, evaluation=request.evaluation)
     steps = plan_steps(request, len(data.train), state.num_processes)
-    base = identity.fingerprint(folder) if state.is_main_process else ""
+    base = fingerprint(folder) if state.is_main_process else ""
     if state.is_main_process:
         _prepare(request, base, held)
     state.wait_for_everyone()
@@ -172,8 +133,6 @@ def _make_trainer(
     resumed: bool,
 ) -> RecoveryTrainer:
     from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
-
-    from .sft import RecoveryTrainer
 
     settings = request.settings
     # before the adapter is drawn
@@ -367,7 +326,7 @@ def _write_output(request: Request, folder: Path, trained: Path, log: dict[str, 
         if (request.work / "runs").is_dir():
             shutil.copytree(request.work / "runs", scratch / "runs")
         if adapter:
-            keep = ("adapter_*", identity.FILE, "local_base.json")
+            keep = ("adapter_*", IDENTITY_FILE, "local_base.json")
             (scratch / ADAPTER).mkdir()
             for path in (path for pattern in keep for path in trained.glob(pattern)):
                 shutil.copyfile(path, scratch / ADAPTER / path.name)

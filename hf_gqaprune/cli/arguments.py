@@ -6,11 +6,10 @@ import argparse
 from collections.abc import Iterable
 from typing import NoReturn
 
-from ..allocation import ALLOCATION_NAMES
-from ..configuration import builtin
+from ..configuration import builtin, settings_help
 from ..errors import UsageError
-from ..importance import CRITERIA, DEFAULT
-from ..trainer.presets import settings_help
+from ..selection import ALLOCATION_NAMES
+from ..statistics import CRITERIA, DEFAULT
 
 
 class Parser(argparse.ArgumentParser):

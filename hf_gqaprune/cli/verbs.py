@@ -10,47 +10,49 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError, unknown
-from ..files import refuse_existing, refuse_lost, write_text
+from ..utils import refuse_existing, refuse_lost, write_text
 
 if TYPE_CHECKING:
-    from ..preparation import PruneRequest
+    from ..pipeline import PruneRequest
 
 
 def run(args: argparse.Namespace) -> None:
     """Everything a recipe says."""
-    from .. import pipeline
-    from ..recipe import Recipe, builtin_names
+    from ..configuration import Recipe, builtin_names
+    from ..pipeline import run as run_recipe
 
     recipe = Recipe.load(args.recipe, args.set)
     if not args.resume and args.recipe not in builtin_names():
         refuse_lost(recipe.output, [args.recipe])
-    print(pipeline.run(recipe, resume=args.resume, overwrite=args.overwrite))
+    print(run_recipe(recipe, resume=args.resume, overwrite=args.overwrite))
 
 
 def plan(args: argparse.Namespace) -> None:
     """Decide and print; write the plan alone."""
-    from .. import pipeline, ranks
+    from ..pipeline import plan_model
+    from ..utils import distributed
 
-    chosen = pipeline.plan_model(_prune_request(args), args.output, overwrite=args.overwrite, resume=args.resume)
-    if ranks.index() == 0:
+    chosen = plan_model(_prune_request(args), args.output, overwrite=args.overwrite, resume=args.resume)
+    if distributed.index() == 0:
         print(f"{chosen}\n\nwritten to {args.output}")
 
 
 def prune(args: argparse.Namespace) -> None:
     """Write the smaller checkpoint."""
-    from .. import identity, pipeline, provenance, ranks
+    from ..checkpoint import named, read_identity
+    from ..pipeline import prune_model
+    from ..utils import distributed
 
-    chosen = pipeline.prune_model(_prune_request(args), args.output, overwrite=args.overwrite, resume=args.resume)
-    if ranks.index() == 0:
-        texts = provenance.named((identity.read(Path(args.output)) or {}).get("calibration", ()))
+    chosen = prune_model(_prune_request(args), args.output, overwrite=args.overwrite, resume=args.resume)
+    if distributed.index() == 0:
+        texts = named((read_identity(Path(args.output)) or {}).get("calibration", ()))
         print(f"{chosen}\n\nwritten to {args.output}" + (f", calibrated on {texts}" if texts else ""))
 
 
 def recover(args: argparse.Namespace) -> None:
     """Train and merge under accelerate launch."""
-    from ..recipe import assignment
-    from ..trainer.presets import Settings
-    from ..trainer.recover import launch
+    from ..configuration import Settings, assignment
+    from ..trainer import launch
 
     flags = {name: getattr(args, name) for name in ("max_tokens", "seq_len") if getattr(args, name) is not None}
     settings: dict[str, Any] = {}
@@ -79,18 +81,17 @@ def recover(args: argparse.Namespace) -> None:
 
 def merge(args: argparse.Namespace) -> None:
     """Merge an adapter."""
-    from ..trainer.merge import merge as merge_adapter
+    from ..trainer import merge as merge_adapter
 
     print(f"written to {merge_adapter(args.adapter, args.output, base=args.base, overwrite=args.overwrite)}")
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Perplexities and tasks of one or several checkpoints, and the report that compares them."""
-    from ..devices import choose
-    from ..evaluation import task_manager
-    from ..measuring import REPORT, Measurement, compared, measure, write_report
-    from ..text import load_text
-    from ..trainer.models import local_folder
+    from ..checkpoint import local_folder
+    from ..data import load_text
+    from ..evaluation import REPORT, Measurement, compared, measure, task_manager, write_report
+    from ..utils import choose
 
     choose(args.device)
     tasks = args.tasks.split(",") if args.tasks else []
@@ -139,7 +140,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def card(args: argparse.Namespace) -> None:
     """Write the model card."""
-    from ..model_cards.card import create_model_card
+    from ..model_cards import create_model_card
 
     path = create_model_card(
         args.folder, base_model=args.base_model, license=args.license, name=args.name, overwrite=args.overwrite
@@ -156,7 +157,7 @@ def push(args: argparse.Namespace) -> None:
 
 def recipes(args: argparse.Namespace) -> None:
     """List, show or copy the built-in recipes."""
-    from ..recipe import builtin_names, description, read_source
+    from ..configuration import builtin_names, description, read_source
 
     if args.action == "ls":
         for name in builtin_names():
@@ -174,7 +175,7 @@ def env(args: argparse.Namespace) -> None:
 
     import torch
 
-    from ..report import versions
+    from ..evaluation import versions
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     for name, value in {**versions(), "platform": platform.platform(), "gpus": ", ".join(gpus) or "none"}.items():
@@ -189,7 +190,7 @@ _PASS = ("calibration", "samples", "seq_len", "save_statistics")
 
 
 def _prune_request(args: argparse.Namespace) -> PruneRequest:
-    from ..preparation import PruneRequest
+    from ..pipeline import PruneRequest
 
     if plan := getattr(args, "plan", None):
         _refuse_unused(args, _CHOICES, "a saved plan says what goes")

@@ -1,0 +1,11 @@
+from .files import builtin as builtin
+from .recipe import Recipe as Recipe
+from .recipe import RecoverRecipe as RecoverRecipe
+from .recipe import assignment as assignment
+from .recipe import builtin_names as builtin_names
+from .recipe import description as description
+from .recipe import read_source as read_source
+from .recovery import PRESET_DATA as PRESET_DATA
+from .recovery import Settings as Settings
+from .recovery import resolve as resolve
+from .recovery import settings_help as settings_help

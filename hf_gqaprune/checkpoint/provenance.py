@@ -1,0 +1,54 @@
+"""A checkpoint folder goes in; what text its weights have seen, and how they were pruned and trained, comes out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from .identity import read_identity
+
+#: what `recover` writes beside the weights
+LOG_FILE = "training_log.json"
+
+
+def named(sources: Iterable[Mapping[str, Any]]) -> str:
+    """`books (train), wikitext2 (train)` of entries such as `Calibration.record()` has."""
+    return ", ".join(f"{source['name']} ({source['split']})" for source in sources)
+
+
+def seen(folder: Path) -> list[dict[str, Any]]:
+    """Every text that a checkpoint was calibrated or trained on, as far as its folder tells: `name`, `split`, `sha256`."""
+    return [*(read_identity(folder) or {}).get("calibration", []), *(training(folder) or {}).get("data", [])]
+
+
+def training(folder: Path) -> dict[str, Any] | None:
+    """The log of the recovery that made a checkpoint, None without one; [`UsageError`] where it is unreadable."""
+    path = folder / LOG_FILE
+    if not path.is_file():
+        return None
+    try:
+        log = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON: {error}") from None
+    if not isinstance(log, dict):
+        raise UsageError(f"{path} holds no JSON object")
+    return log
+
+
+def refuse_overlap(used: Iterable[Mapping[str, Any]], measured: Iterable[Mapping[str, Any]]) -> None:
+    """Raise [`UsageError`] where a text that was `used` (to calibrate or to train) is `measured` on too.
+
+    Texts are mappings with `name`, `split` and `sha256`. They are the same if their content is, or if name and split
+    are: one may be a part of the other.
+    """
+    seen = list(used)
+    for text in measured:
+        for other in seen:
+            if text["sha256"] == other["sha256"] or all(text[key] == other[key] for key in ("name", "split")):
+                raise UsageError(
+                    f"{text['name']} ({text['split']}) is evaluated on, but {other['name']} ({other['split']}) is the "
+                    f"same text and was calibrated or trained on: name another text or split for one of them"
+                )

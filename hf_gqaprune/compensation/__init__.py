@@ -1,0 +1,5 @@
+"""Refit the weights that stay to make up for those that were removed."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,74 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..errors import UsageError
+from ..utils import CPU
+from .text import Text
+
+#: tokens in one forward pass; fixed, so that results never depend on how much memory there is
+TOKENS_PER_BATCH = 8192
+#: half a gigabyte in float32
+LOGITS_PER_BATCH = 1 << 27
+
+
+def split_batches(ids: torch.Tensor, vocabulary: int) -> Iterator[torch.Tensor]:
+    """Rows of int64 `(samples, seq_len)` in order, at least one at a time; nothing of none.
+
+    A batch has about `TOKENS_PER_BATCH` tokens, or fewer where their logits would be more than `LOGITS_PER_BATCH`.
+    """
+    tokens = min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // vocabulary)
+    if len(ids):
+        yield from ids.split(max(1, tokens // ids.shape[1]))
+
+
+def token_windows(tokenizer: Any, text: Text, seq_len: int) -> torch.Tensor:
+    """All disjoint windows of a text, tokenized once without specials: int64 `(n, seq_len)`, each BOS + text tokens.
+
+    Raises [`UsageError`] for text that is empty or shorter than one window.
+    """
+    if not text.content.strip():
+        raise UsageError(f"the text of {text.name} is empty")
+    return cut_windows(tokenizer, token_ids(tokenizer, text.content), seq_len, text.name)
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text, without special tokens."""
+    return tokenizer(text, add_special_tokens=False, verbose=False, return_attention_mask=False)["input_ids"]
+
+
+def cut_windows(tokenizer: Any, tokens: list[int], seq_len: int, name: str) -> torch.Tensor:
+    """All disjoint windows of tokens as `token_windows` gives them; [`UsageError`], naming the text, if there is none."""
+    bos = tokenizer.bos_token_id
+    span = seq_len - (bos is not None)
+    count = len(tokens) // span
+    if not count:
+        raise UsageError(
+            f"{name} has {len(tokens)} tokens, fewer than one window of {span}: give more text or lower --seq-len"
+        )
+    windows = torch.tensor(tokens[: count * span], dtype=torch.long).view(count, span)
+    if bos is None:
+        return windows
+    return torch.cat([torch.full((count, 1), bos), windows], dim=1)
+
+
+def layer_batches(ids: torch.Tensor, vocabulary: int, device: torch.device) -> list[torch.Tensor]:
+    """Windows, int64 `(samples, seq_len)`, as layers take them one after the other.
+
+    Whole logits are made nowhere there. On a GPU, which a small batch leaves idle, they limit nothing; on the CPU the batches
+    are those of a pass through the whole model.
+    """
+    return list(split_batches(ids, vocabulary if device == CPU else 1))
+
+
+def batches_of(
+    fitted: torch.Tensor, held_out: torch.Tensor, vocabulary: int, device: torch.device
+) -> tuple[list[torch.Tensor], list[bool]]:
+    """Fitted and then held-out batches, and which are held out, as re-fitting takes them."""
+    first, second = (layer_batches(ids, vocabulary, device) for ids in (fitted, held_out))
+    return first + second, [False] * len(first) + [True] * len(second)

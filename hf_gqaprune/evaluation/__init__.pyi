@@ -1,0 +1,16 @@
+from .compare import PLOT as PLOT
+from .compare import REPORT as REPORT
+from .compare import Measurement as Measurement
+from .compare import compared as compared
+from .compare import measure as measure
+from .compare import refuse_same_names as refuse_same_names
+from .compare import refuse_seen as refuse_seen
+from .compare import write_report as write_report
+from .metric import Perplexity as Perplexity
+from .perplexity import PerplexityResult as PerplexityResult
+from .perplexity import evaluate_perplexity as evaluate_perplexity
+from .perplexity import window as window
+from .report import Report as Report
+from .report import versions as versions
+from .tasks import evaluate_tasks as evaluate_tasks
+from .tasks import task_manager as task_manager

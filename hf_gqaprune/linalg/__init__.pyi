@@ -1,0 +1,12 @@
+from .obs import remove_within as remove_within
+from .symmetric import add_gram_ as add_gram_
+from .symmetric import cholesky_ as cholesky_
+from .symmetric import exact_products as exact_products
+from .symmetric import factors_of_products as factors_of_products
+from .symmetric import fill_ as fill_
+from .symmetric import gram_strips as gram_strips
+from .symmetric import invert_ as invert_
+from .symmetric import mirror_ as mirror_
+from .symmetric import product as product
+from .symmetric import solve_ as solve_
+from .symmetric import weighted_gram as weighted_gram

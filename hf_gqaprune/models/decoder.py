@@ -1,0 +1,84 @@
+"""A checkpoint folder goes in; its decoder layers come out one at a time, ready to run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Surroundings:
+    """Position embeddings and masks for windows of one length, none of them padded."""
+
+    def __init__(self, config: Any, rotary: nn.Module, seq_len: int, dtype: torch.dtype) -> None:
+        device = next(rotary.buffers()).device
+        self.config = config
+        self.positions = torch.arange(seq_len, device=device)[None]
+        self.rope = rotary(torch.empty(0, dtype=dtype, device=device), self.positions)
+        self._masks: dict[tuple[object, ...], torch.Tensor | None] = {}
+
+    def to(self, device: torch.device) -> Surroundings:
+        """The same on another device."""
+        moved = copy.copy(self)
+        moved.positions = self.positions.to(device)
+        moved.rope = tuple(part.to(device) for part in self.rope)
+        moved._masks = {}
+        return moved
+
+    def mask(self, hidden: torch.Tensor, config: Any = None) -> torch.Tensor | None:
+        """The causal mask for `hidden`, or None where attention needs none."""
+        from transformers.masking_utils import create_causal_mask
+
+        config = config or self.config
+        key = (config._attn_implementation, hidden.shape[0], hidden.dtype)
+        if key not in self._masks:
+            # no attention mask and no cache, whose name differs between versions of transformers
+            self._masks[key] = create_causal_mask(config, hidden, None, None, position_ids=self.positions)
+        return self._masks[key]
+
+    def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """A decoder layer's output, `(windows, seq_len, hidden)`."""
+        output: torch.Tensor = layer(
+            hidden,
+            attention_mask=self.mask(hidden),
+            position_embeddings=self.rope,
+            position_ids=self.positions,
+            use_cache=False,
+        )
+        return output
+
+
+@contextmanager
+def placed(layer: nn.Module, state: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Give a layer without weights these, in eval mode and without gradients, and take them away again."""
+    layer.load_state_dict(state, assign=True)
+    layer.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        layer.to("meta")
+
+
+def skeleton(config: Any) -> PreTrainedModel:
+    """The model of `config` without weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def expected_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Tensors that a checkpoint of `model` holds, in their order: all but tied ones."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+
+
+def layer_prefix(index: int) -> str:
+    """What the names of a decoder layer's tensors begin with."""
+    return f"model.layers.{index}."

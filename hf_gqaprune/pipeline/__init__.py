@@ -1,0 +1,5 @@
+"""Run whole commands: plan, prune, and all stages of a recipe."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,172 @@
+"""A prepared request goes in; the plan, or the pruned checkpoint, is written with one decoder layer in memory at a time.
+
+Statistics wait in a hidden folder until what they are for is whole, so that `--resume` finds them at any later step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from ..checkpoint import load_config
+from ..models import ModelShape
+from ..plan import PruningPlan
+from ..selection import Demand, make_plan
+from ..statistics import CRITERIA, Statistics
+from ..streaming import (
+    Layers,
+    holds,
+    made_from,
+    moments_room,
+    prune_checkpoint,
+    statistics_room,
+    stream_statistics,
+    streams_room,
+)
+from ..utils import (
+    PROGRESS,
+    begun,
+    check_room,
+    disk_of,
+    drop,
+    parse_size,
+    refuse_existing,
+    refuse_lost,
+    refuse_unfinished,
+    size_on_disk,
+    within,
+    working_folder,
+    write_json,
+)
+from .request import Prepared, record
+
+_WAY_OUT = "what was finished is kept for --resume; more --memory, a shorter --seq-len, or --device cpu"
+
+
+@contextmanager
+def measured(prepared: Prepared, target: Path, *, overwrite: bool, resume: bool) -> Iterator[Statistics]:
+    """The statistics that a request names, or streamed ones, kept beside `target` until the block ends without an error.
+
+    Beside `save_statistics` where that is asked for, which then becomes their name.
+
+    Raises:
+        UsageError: `save_statistics` exists, or the folder is of an interrupted call and this one may not go on with it.
+        WorkError: as `stream_statistics`.
+    """
+    if prepared.statistics is not None:
+        yield prepared.statistics
+        return
+    kept = prepared.request.save_statistics
+    place = refuse_existing(kept, False, way_out="give --save-statistics another name") if kept else target
+    working = _measured_folder(place)
+    with _streamed(prepared, working, overwrite=overwrite, resume=resume) as statistics:
+        yield statistics
+        if kept:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(working / "statistics", place)
+        drop(working)
+
+
+def prune_bounded(prepared: Prepared, output: str | Path, *, overwrite: bool, resume: bool) -> PruningPlan:
+    """Measure, decide and prune layer by layer, or replay a saved plan; what `prune_model` says of `request.memory`.
+
+    Returns:
+        The plan that was applied.
+
+    Raises:
+        UsageError: as `prune_checkpoint`, before any work.
+        WorkError: something failed; what was finished is kept for `resume`.
+    """
+    request, target = prepared.request, Path(output)
+    # hours before prune_checkpoint would say so
+    refuse_unfinished(working_folder(target), resume, overwrite)
+    refuse_lost(target, [prepared.folder, *filter(None, [request.statistics])])
+    compensation = request.fitting
+    if prepared.plan is not None and compensation == "none":
+        prune_checkpoint(
+            prepared.folder, prepared.plan, target, overwrite=overwrite, resume=resume, known=record(prepared)
+        )
+        return prepared.plan
+    _check_room(prepared, target)
+    with measured(prepared, target, overwrite=overwrite, resume=resume) as statistics:
+        plan = prepared.plan or make_plan(statistics, **request.demand())
+        moments = statistics if compensation != "none" else None
+        with _bounded(prepared):
+            prune_checkpoint(
+                prepared.folder, plan, target, moments,
+                compensation=compensation, overwrite=overwrite, resume=resume, device=prepared.device, spare=_spare(prepared),
+                known=record(prepared),
+            )  # fmt: skip
+    return plan
+
+
+def drop_unfinished(target: Path) -> None:
+    """Remove what interrupted calls for the output `target` left; [`UsageError`] where one of them is at work."""
+    for working in (working_folder(target), _measured_folder(target)):
+        refuse_unfinished(working, resume=False, overwrite=True)
+        drop(working)
+
+
+def _check_room(prepared: Prepared, target: Path) -> None:
+    """Raise [`UsageError`] where the disk will not hold moments, streams and the pruned weights beside each other.
+
+    Said before hours of measuring; what is looked at alone is checked again by those who write it.
+    """
+    request, measured_now = prepared.request, prepared.statistics is None
+    layers = Layers(prepared.folder, load_config(prepared.folder))
+    source, dtype, rule = ModelShape.from_config(layers.config), layers.dtype, CRITERIA[prepared.measured]
+    left = source.cost.parameters
+    if prepared.plan is not None:
+        left = prepared.plan.after.parameters
+    elif request.rates is None:
+        left -= round(Demand(**request.demand()).budget(source).parameters)
+    windows = prepared.calibration if measured_now else prepared.statistics and prepared.statistics.calibration
+    refitted = windows is not None and request.fitting == "least_squares"
+    held = holds(prepared.device, _spare(prepared))
+    streams = streams_room(windows.tokens, source.hidden_size, dtype, held) if windows and refitted else 0
+    moments = sum(moments_room(source, rule)) if measured_now and windows else 0
+    measuring, weights = statistics_room(source, dtype, prepared.calibration, rule, held), left * dtype.itemsize + streams
+    place, working = _measured_folder(Path(request.save_statistics or target)), working_folder(target)
+    if disk_of(place) == disk_of(working):
+        most = max(measuring, moments + weights) - size_on_disk(working)
+        check_room(place, most, "statistics, activations and the pruned weights")
+    else:
+        check_room(place, max(measuring, moments), "statistics and activations")
+        check_room(working, weights, "the pruned weights")
+
+
+def _measured_folder(place: Path) -> Path:
+    """Where statistics wait until `place`, which they are for, is whole."""
+    return place.absolute().parent / f".{place.name}.measured"
+
+
+def _bounded(prepared: Prepared) -> AbstractContextManager[None]:
+    """Where all that computes is done."""
+    memory = prepared.request.memory
+    return within(prepared.device, _WAY_OUT, parse_size(memory) if memory else None)
+
+
+@contextmanager
+def _streamed(prepared: Prepared, working: Path, *, overwrite: bool, resume: bool) -> Iterator[Statistics]:
+    """Measure into `working`, or take what an interrupted call has measured there; until the block ends it is this call's."""
+    folder, seed, device = prepared.folder, prepared.request.seed, prepared.device
+    checkpoint = Layers(folder, load_config(folder)).checkpoint
+    inputs = made_from(folder, checkpoint, prepared.calibration, prepared.measured, seed, device)
+    done = working / "statistics"
+    with begun(working, resume, overwrite, inputs) as noted:
+        write_json(working / PROGRESS, noted)
+        if not done.exists():
+            # what `begun` let through was begun with the same inputs
+            with _bounded(prepared):
+                stream_statistics(
+                    folder, prepared.calibration, done,
+                    criterion=prepared.measured, seed=seed, resume=True, device=device, spare=_spare(prepared),
+                )  # fmt: skip
+        yield Statistics.load(done)
+
+
+def _spare(prepared: Prepared) -> int:
+    """What activations may take of a GPU's memory: half of what is left, since an allocator keeps more than is in use."""
+    return prepared.spare // 2

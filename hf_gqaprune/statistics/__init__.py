@@ -1,0 +1,5 @@
+"""Measure a model on calibration text and turn it into removal curves."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

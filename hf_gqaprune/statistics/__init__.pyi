@@ -1,0 +1,15 @@
+from .collect import Tap as Tap
+from .collect import check_tokens as check_tokens
+from .collect import collect_statistics as collect_statistics
+from .criteria import CRITERIA as CRITERIA
+from .criteria import DEFAULT as DEFAULT
+from .criteria import Criterion as Criterion
+from .moments import RIDGE as RIDGE
+from .moments import Moments as Moments
+from .store import BlockStatistics as BlockStatistics
+from .store import Statistics as Statistics
+from .store import block_file as block_file
+from .store import half_size as half_size
+from .store import packed_block as packed_block
+from .store import weight_digest as weight_digest
+from .store import write_block as write_block

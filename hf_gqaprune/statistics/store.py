@@ -1,0 +1,234 @@
+"""What a calibration pass measured, per block; a folder with one file per block.
+
+Curves are always kept; moments, which compensation needs, can be left out of the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import digest
+from ..data import Calibration, Source
+from ..errors import UsageError
+from ..linalg import mirror_
+from ..models import KINDS, OUTPUT_PROJECTION, LayerShape, ModelShape
+from ..utils import CPU, new_folder, save_tensors, to_host, write_json
+from .moments import Curve, Moments
+
+VERSION = 3
+#: rows of a symmetric matrix that a file holds together, from the first column to the last one that they reach
+_STRIP = 256
+
+
+@dataclass(frozen=True)
+class BlockStatistics:
+    """What was measured of one block.
+
+    Attributes:
+        weight: `weight_digest` of its output projection; None where only the sizes of the model were known.
+    """
+
+    layer: int
+    kind: str
+    curve: Curve
+    stored: Moments | Path | None = field(default=None, repr=False)
+    weight: str | None = field(default=None, repr=False)
+
+    @staticmethod
+    def open(folder: Path, layer: int, kind: str) -> BlockStatistics:
+        """A block of a saved folder; raises [`UsageError`] where it is missing."""
+        from safetensors import safe_open
+
+        path = block_file(folder, layer, kind)
+        if not path.exists():
+            raise UsageError(f"statistics are incomplete: {path} is missing")
+        with safe_open(path, framework="pt") as file:
+            curve = Curve(file.get_tensor("order"), file.get_tensor("cost"))
+            stored = path if "inputs" in file.keys() else None  # noqa: SIM118
+            return BlockStatistics(layer, kind, curve, stored, (file.metadata() or {}).get("weight"))
+
+    @property
+    def moments(self) -> Moments | None:
+        """What re-fitting needs, None where it was not kept; of saved statistics read each time it is asked for."""
+        return _read_moments(self.stored, CPU) if isinstance(self.stored, Path) else self.stored
+
+    def moments_on(self, device: torch.device) -> Moments | None:
+        """`moments` on a device."""
+        if isinstance(self.stored, Path):
+            return _read_moments(self.stored, device)
+        return self.stored and self.stored.to(device)
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether `moments` is there, without reading it."""
+        return self.stored is not None
+
+
+@dataclass
+class Statistics:
+    """Everything one calibration pass measured.
+
+    Attributes:
+        source: sizes of the measured model.
+        criterion: name of the criterion that made the curves.
+        blocks: `{(layer, kind): BlockStatistics}` for every block that is present.
+        calibration: the windows, `None` where the criterion needed none.
+        seed: for criteria that draw.
+    """
+
+    source: ModelShape
+    criterion: str
+    blocks: dict[tuple[int, str], BlockStatistics] = field(repr=False)
+    calibration: Calibration | None = field(default=None, repr=False)
+    seed: int = 0
+
+    @property
+    def folder(self) -> Path | None:
+        """Where moments are read from, None where they are in memory."""
+        return next((b.stored.parent for b in self.blocks.values() if isinstance(b.stored, Path)), None)
+
+    def read(self, layer: int, device: torch.device) -> dict[str, Moments]:
+        """`{kind: Moments}` of a layer's blocks that were measured."""
+        blocks = {kind: self.blocks[layer, kind] for kind in KINDS if (layer, kind) in self.blocks}
+        found = {kind: block.moments_on(device) for kind, block in blocks.items()}
+        return {kind: moments for kind, moments in found.items() if moments is not None}
+
+    def check_weights(self, layer: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """Raise [`UsageError`] where a layer's moments were measured on others than `{"self_attn.o_proj.weight": ...}`."""
+        for kind, name in OUTPUT_PROJECTION.items():
+            block = self.blocks.get((layer, kind))
+            if block and block.has_moments and block.weight not in (None, weight_digest(weights[f"{name}.weight"])):
+                raise UsageError(
+                    f"the statistics were collected on other weights than the model's, first in layer {layer}, {name} (or on "
+                    "the same in another dtype): collect them again"
+                )
+
+    def identity(self) -> tuple[object, ...]:
+        """What tells two measurements apart, without their moments."""
+        ends = [(key, *block.curve.order.tolist(), float(block.curve.cost[-1])) for key, block in self.blocks.items()]
+        return self.criterion, self.seed, ends, self.calibration and self.calibration.ids.tolist()
+
+    def save(self, folder: str | os.PathLike[str], *, moments: bool = True, overwrite: bool = False) -> None:
+        """Write `statistics.json` and one safetensors file per block; of symmetric moments the lower half is stored."""
+        with new_folder(folder, overwrite) as scratch:
+            for block in self.blocks.values():
+                save_block(block, scratch, moments=moments)
+            self.save_head(scratch)
+
+    def save_head(self, folder: Path) -> None:
+        """Write `statistics.json` and the calibration windows: everything but the blocks."""
+        calibration = self.calibration
+        if calibration is not None:
+            save_tensors({"ids": calibration.ids.contiguous()}, folder / "calibration.safetensors")
+        write_json(
+            folder / "statistics.json",
+            {
+                "version": VERSION,
+                "criterion": self.criterion,
+                "seed": self.seed,
+                "source": asdict(self.source),
+                "calibration": calibration and {"seed": calibration.seed, "sources": calibration.record()},
+                "blocks": [list(key) for key in self.blocks],
+            },
+        )
+
+    @staticmethod
+    def load(folder: str | os.PathLike[str]) -> Statistics:
+        """Open a saved folder, which has to stay where it is; raises [`UsageError`] naming what is missing."""
+        from safetensors.torch import load_file
+
+        root = Path(folder)
+        try:
+            head = json.loads((root / "statistics.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise UsageError(f"{root} holds no readable statistics.json: {error}") from error
+        if head.get("version") != VERSION:
+            raise UsageError(f"{root}: statistics of version {head.get('version')!r}, this release reads {VERSION}")
+        blocks = {}
+        for layer, kind in head["blocks"]:
+            blocks[layer, kind] = BlockStatistics.open(root, layer, kind)
+        calibration = None
+        if head["calibration"] is not None:
+            ids = load_file(root / "calibration.safetensors")["ids"]
+            sources = tuple(Source(**source) for source in head["calibration"]["sources"])
+            calibration = Calibration(ids, sources, head["calibration"]["seed"])
+        source = dict(head["source"])
+        source["layers"] = tuple(LayerShape(**layer) for layer in source["layers"])
+        return Statistics(ModelShape(**source), head["criterion"], blocks, calibration, head["seed"])
+
+
+def weight_digest(weight: torch.Tensor) -> str | None:
+    """What tells a weight from all others, its dtype included: 32 hex digits; None on the meta device."""
+    return None if weight.is_meta else digest(weight.dtype, tuple(weight.shape), [to_host(weight.detach())])
+
+
+def block_file(folder: Path, layer: int, kind: str) -> Path:
+    """Where a folder of statistics keeps a block."""
+    return folder / f"layer-{layer:03d}.{kind}.safetensors"
+
+
+def save_block(block: BlockStatistics, folder: Path, *, moments: bool = True) -> None:
+    """Write one block's file in one step, half of each symmetric moment; [`WorkError`] where it cannot be written."""
+    write_block(packed_block(block, moments=moments), block, folder)
+
+
+def packed_block(block: BlockStatistics, *, moments: bool = True) -> dict[str, torch.Tensor]:
+    """What a block's file holds, moments where they are."""
+    tensors = {"order": block.curve.order, "cost": block.curve.cost}
+    m = block.moments if moments else None
+    if m is not None:
+        tensors |= {"tokens": torch.tensor(m.tokens), "inputs": _half(m.inputs), "input_mean": m.input_mean}
+        if m.gradients is not None:
+            tensors["gradients"] = _half(m.gradients)
+    return tensors
+
+
+def write_block(tensors: Mapping[str, torch.Tensor], block: BlockStatistics, folder: Path) -> None:
+    """`save_block` of what was packed."""
+    path = block_file(folder, block.layer, block.kind)
+    part = path.with_suffix(".part")
+    metadata = {"weight": block.weight} if block.weight else None
+    save_tensors({name: to_host(tensor) for name, tensor in tensors.items()}, part, metadata)
+    os.rename(part, path)
+
+
+def _read_moments(path: Path, device: torch.device) -> Moments:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        gradients = _square(file.get_tensor("gradients").to(device)) if "gradients" in file.keys() else None  # noqa: SIM118
+        inputs = _square(file.get_tensor("inputs").to(device))
+        return Moments(int(file.get_tensor("tokens")), inputs, file.get_tensor("input_mean").to(device), gradients)
+
+
+def _half(matrix: torch.Tensor) -> torch.Tensor:
+    """The lower triangle of a symmetric `(n, n)`, and a little more, in strips of rows one after the other: flat."""
+    firsts = range(0, len(matrix), _STRIP)
+    return torch.cat([matrix[first : first + _STRIP, : first + _STRIP].flatten() for first in firsts])
+
+
+def half_size(n: int) -> int:
+    """Numbers in `_half` of an `(n, n)`."""
+    return sum(min(_STRIP, n - first) * min(first + _STRIP, n) for first in range(0, n, _STRIP))
+
+
+def _square(half: torch.Tensor) -> torch.Tensor:
+    """Inverse of `_half`."""
+    strips, n = [], 0
+    while len(half):
+        # the last strip may be lower: rows * (n + rows) numbers are left
+        rows = min(_STRIP, (math.isqrt(n * n + 4 * len(half)) - n) // 2)
+        strips.append((n, half[: rows * (n + rows)].view(rows, n + rows)))
+        half = half[rows * (n + rows) :]
+        n += rows
+    matrix = half.new_empty(n, n)
+    for first, strip in strips:
+        matrix[first : first + len(strip), : strip.shape[1]] = strip
+    return mirror_(matrix)

@@ -1,0 +1,11 @@
+from .activations import holds as holds
+from .layers import Layers as Layers
+from .memory_bound import Work as Work
+from .memory_bound import check_bound as check_bound
+from .memory_bound import check_gpu as check_gpu
+from .memory_bound import moments_room as moments_room
+from .prune import prune_checkpoint as prune_checkpoint
+from .refit import streams_room as streams_room
+from .statistics import made_from as made_from
+from .statistics import statistics_room as statistics_room
+from .statistics import stream_statistics as stream_statistics

@@ -1,0 +1,121 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..checkpoint import Checkpoint
+from ..errors import UsageError
+from ..models import Surroundings, check_finite, expected_tensors, layer_prefix, placed, skeleton
+from ..utils import CPU, ReadAhead, trim
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class Layers:
+    """The parts of a Llama or pruned Llama checkpoint, each in memory only while it is used; a context manager.
+
+    Attributes:
+        checkpoint: the tensors on disk.
+        config: of the model.
+        dtype: what weights are loaded as, the same as `from_pretrained(dtype="auto")`.
+        stored_itemsize: bytes of a weight on disk, of the widest.
+        device: where they are used.
+    """
+
+    def __init__(self, folder: Path, config: Any, device: torch.device = CPU) -> None:
+        """Check that `folder` holds what `config` asks for; no weight is read.
+
+        Raises:
+            UsageError: quantized weights, no whole safetensors checkpoint, tensors that are missing or of other shapes.
+        """
+        if getattr(config, "quantization_config", None) is not None:
+            raise UsageError(
+                f"{folder} is quantized, and cutting needs the plain weights: give the checkpoint it was made from"
+            )
+        self.config, self.device = config, device
+        self.checkpoint = Checkpoint(folder)
+        self._skeleton = skeleton(config)
+        _check_tensors(folder, self.checkpoint, self._skeleton)
+        floats = [stored for stored in self.checkpoint.tensors.values() if stored.dtype in FLOATS]
+        self.stored_itemsize = max(stored.dtype.itemsize for stored in floats)
+        # what the config says, else what the first by file and name is
+        self.dtype: torch.dtype = config.dtype or min(floats, key=lambda stored: (stored.file, stored.name)).dtype
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Layers:
+        self._stack.enter_context(self.checkpoint)
+        self._weights = ReadAhead(self.device, self._read, dict[str, torch.Tensor].values)
+        self._stack.callback(self._weights.close)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A weight on the device."""
+        return self.checkpoint.read(name, pinned=self.device.type == "cuda").to(self.device).to(self.dtype)
+
+    def embedded(self, batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The hidden states `(windows, seq_len, hidden)` of each batch of ids before the first layer."""
+        weight = self._outer("model.embed_tokens.weight")
+        yield from (F.embedding(ids.to(self.device), weight) for ids in batches)
+
+    @contextmanager
+    def layer(self, index: int, following: int | None = None) -> Iterator[Any]:
+        """The decoder layer `index` with its weights, in eval mode, no parameter with a gradient.
+
+        On a GPU the one that is asked for next, `following`, is read in the meantime.
+        """
+        layers: Any = self._skeleton.get_decoder().layers
+        # the layer before would leave the heap a little larger
+        trim()
+        there = following is not None and 0 <= following < len(layers)
+        with placed(layers[index], self._weights.take(index, following if there else None)):
+            yield layers[index]
+
+    def _read(self, index: int) -> dict[str, torch.Tensor]:
+        """Of a layer, on the device, by the names within it."""
+        layer: Any = self._skeleton.get_decoder().layers[index]
+        # old checkpoints hold more, such as the frequencies of the position embeddings
+        return {name: self.tensor(layer_prefix(index) + name) for name in layer.state_dict()}
+
+    def head(self) -> tuple[nn.Module, torch.Tensor]:
+        """The last norm, and the weight `(vocabulary, hidden)` of the head."""
+        norm: Any = self._skeleton.get_decoder().norm
+        norm.load_state_dict({"weight": self._outer("model.norm.weight")}, assign=True)
+        tied = self.config.tie_word_embeddings
+        return norm.requires_grad_(False), self._outer("model.embed_tokens.weight" if tied else "lm_head.weight")
+
+    def _outer(self, name: str) -> torch.Tensor:
+        """A weight that is of no layer; [`WorkError`] where it is not finite."""
+        weight = self.tensor(name)
+        check_finite(name, weight)
+        return weight
+
+    def surroundings(self, seq_len: int) -> Surroundings:
+        """What a layer needs beside hidden states."""
+        rotary: Any = self._skeleton.get_decoder().rotary_emb
+        return Surroundings(self.config, type(rotary)(config=rotary.config).to(self.device), seq_len, self.dtype)
+
+
+def _check_tensors(folder: Path, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Raise [`UsageError`] unless the checkpoint holds what its config asks for."""
+    for name, tensor in expected_tensors(model).items():
+        stored = checkpoint.tensors.get(name)
+        if stored is None:
+            raise UsageError(f"{folder}: config.json asks for {name}, which no shard holds")
+        if stored.shape != tuple(tensor.shape):
+            raise UsageError(f"{stored.file}: {name} is {stored.shape}, config.json makes it {tuple(tensor.shape)}")
+        if stored.dtype not in FLOATS:
+            raise UsageError(f"{stored.file}: {name} is {stored.dtype}: give the checkpoint with the plain weights")

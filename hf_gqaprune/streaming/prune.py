@@ -1,0 +1,331 @@
+"""A checkpoint on disk and a plan go in; the pruned checkpoint comes out, one decoder layer in memory at a time."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import (
+    CARRIED_FILES,
+    INDEX,
+    Checkpoint,
+    ShardWriter,
+    fingerprint,
+    fingerprint_of_digests,
+    load_config,
+    local_folder,
+    model_state,
+    read_identity,
+    write_identity,
+)
+from ..dependency_graph import UnitSlices, trace_units
+from ..errors import UsageError
+from ..models import PLAN_FILE, PrunedLlamaForCausalLM, expected_tensors, layer_prefix
+from ..plan import LayerPlan, PruningPlan
+from ..statistics import Statistics
+from ..surgery import check_compensation, pruned_config
+from ..utils import (
+    CPU,
+    PROGRESS,
+    begun,
+    check_room,
+    drop,
+    put_in_place,
+    refuse_existing,
+    refuse_lost,
+    resumable,
+    sha256,
+    to_host,
+    whole_folder,
+    working_folder,
+    write_json,
+    write_text,
+)
+from .activations import holds
+from .layers import Layers
+from .refit import Refit, streams_room
+
+
+def prune_checkpoint(
+    model: str | os.PathLike[str],
+    plan: PruningPlan,
+    output: str | os.PathLike[str],
+    statistics: Statistics | None = None,
+    *,
+    compensation: str = "none",
+    max_shard_size: int | str = "50GB",
+    overwrite: bool = False,
+    resume: bool = False,
+    device: torch.device = CPU,
+    spare: int = 0,
+    known: Mapping[str, Any] | None = None,
+) -> Path:
+    """Prune a checkpoint without loading it: the files that `prune` and `save_pretrained` would write, byte for byte.
+
+    Beside the weights go config, model files, plan, tokenizer, generation config, chat template, licence files and
+    `gqaprune.json`. Weights pass in pieces of 4 MiB; a layer that is re-fitted is in memory, and with it the sums of
+    one least-squares problem. The work is done in a hidden folder beside `output`, `.NAME.unfinished`, whose content takes
+    the name `output` in one step when complete.
+
+    Args:
+        model: folder or Hub id of a Llama or pruned Llama checkpoint in safetensors; its files are only read.
+        plan: which units stay.
+        output: the new folder.
+        statistics: of `model`, from `stream_statistics` or saved before; needed unless `compensation` is `none`.
+        compensation: `none` or `least_squares`, as in `prune`. The steps of `natural_gradient` are on all layers at once
+            and need both models in memory.
+        max_shard_size: of the written shards, as in `save_pretrained`: bytes, or a text such as `"5GB"`.
+        overwrite: replace `output`, and without `resume` drop what an interrupted call left.
+        resume: go on after the last layer that an interrupted call with the same arguments finished, or from the first where
+            its activations were in memory; begin where there was none. What it wrote is hashed again, and written again
+            where it differs.
+        device: where weights are re-fitted; without compensation nothing is computed.
+        spare: as in `stream_statistics`.
+        known: for `gqaprune.json`, over what that of `model` says.
+
+    Returns:
+        `output`.
+
+    Raises:
+        UsageError: before anything is written, for a plan of another model, weights that are no whole safetensors
+            checkpoint or contradict `config.json`, an `output` that exists, too little room on the disk, and a
+            `resume` with another plan or model.
+        WorkError: reading or writing failed; what was finished is kept for `resume`.
+    """
+    if compensation == "natural_gradient":
+        raise UsageError(
+            "compensation natural_gradient needs both models in memory: use prune, or compensation least_squares or none"
+        )
+    if compensation == "bias":
+        raise UsageError("compensation bias needs the model in memory: use prune, or compensation least_squares or none")
+    check_compensation(compensation, plan, statistics)
+    target = refuse_existing(output, overwrite)
+    folder = local_folder(os.fspath(model))
+    refuse_lost(target, [folder, *([statistics.folder] if statistics and statistics.folder else [])])
+    config = load_config(folder)
+    plan.check_model(config)
+    layers = Layers(folder, config, device)
+    checkpoint = layers.checkpoint
+    pruned = _pruned_skeleton(folder, config, plan, layers.dtype)
+    working = working_folder(target)
+    writer = ShardWriter(working, expected_tensors(pruned), max_shard_size, pruned.num_parameters())
+    refitted = statistics if compensation == "least_squares" else None
+    inputs = {
+        "plan": plan.hash(),
+        "model": model_state(folder, checkpoint),
+        "max_shard_size": sha256(sorted(writer.files.items())),
+        "compensation": compensation,
+        "statistics": sha256(refitted and refitted.identity()),
+        "device": sha256(refitted and device.type),
+    }
+    walked = refitted.calibration if refitted else None
+    streams = 0 if walked is None else streams_room(walked.tokens, config.hidden_size, layers.dtype, holds(device, spare))
+    with begun(working, resume, overwrite, inputs, ("read", "written")) as noted, resumable(working):
+        check_room(working, sum(writer.files.values()) + streams, "the pruned weights")
+        write_json(working / PROGRESS, noted)
+        whole = whole_folder(working)
+        with layers, writer:
+            _resume(checkpoint, writer, noted)
+            refit = Refit(layers, pruned, refitted, working, spare) if refitted else None
+            steps = _steps(plan, checkpoint, writer)
+            _stream(_Surgery(checkpoint, writer, plan, layers.dtype, steps, refit), working / PROGRESS, noted)
+            writer.sync()
+        _write_around(pruned, folder, whole, checkpoint, writer, known or {})
+        for name in writer.files:
+            os.rename(working / name, whole / name)
+        # another may have come by now
+        refuse_existing(target, overwrite)
+        put_in_place(whole, target)
+        drop(working)
+    return target
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is finished together: the tensors read and written, and the layer that they are of, if any."""
+
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class _Surgery:
+    checkpoint: Checkpoint
+    writer: ShardWriter
+    plan: PruningPlan
+    dtype: torch.dtype
+    steps: tuple[_Step, ...]
+    refit: Refit | None
+
+    def pending(self) -> list[_Step]:
+        """Steps that are not done yet."""
+        read, written = self.checkpoint.digests.keys(), self.writer.digests.keys()
+        left = [step for step in self.steps if not (read >= set(step.reads) and written >= set(step.writes))]
+        layers = [step.layer for step in left if step.layer is not None]
+        if self.refit is None or not layers:
+            return left
+        # layers come in order, from the first that the streams of both models lead to
+        start = self.refit.begin(min(layers))
+        rest = [step for step in left if step.layer is None]
+        return sorted((s for s in self.steps if s.layer is not None and s.layer >= start), key=_layer_of) + rest
+
+    def take(self, step: _Step, slices: tuple[UnitSlices, ...]) -> None:
+        """Read, cut and write what `step` is about."""
+        cuts = {}
+        if step.layer is not None:
+            prefix, kept, units = layer_prefix(step.layer), self.plan.layers[step.layer], slices[step.layer]
+            if self.refit is None:
+                cuts = _cuts(prefix, kept, units)
+            else:
+                for name, tensor in self.refit.layer(step.layer, kept, units).items():
+                    self.writer.write(prefix + name, [to_host(tensor)])
+        for name in step.reads:
+            if name in self.checkpoint.digests:
+                continue  # the layer was re-fitted from it
+            pieces = self.checkpoint.chunks(name)
+            if name in step.writes:
+                self.writer.write(name, _cut((piece.to(self.dtype) for piece in pieces), cuts.get(name)))
+            else:
+                # not part of the result, but of the fingerprint of the model that it was made from
+                for _ in pieces:
+                    pass
+
+
+def _cuts(prefix: str, kept: LayerPlan, units: UnitSlices) -> dict[str, tuple[int, torch.Tensor]]:
+    """`{tensor: (dim, indices that stay)}` of a layer; of a bias only the rows go."""
+    found = {}
+    for name, (dim, index) in units.kept(kept.kv_groups, kept.query_heads, kept.ffn_channels).items():
+        found[f"{prefix}{name}.weight"] = dim, index
+        if dim == 0:
+            found[f"{prefix}{name}.bias"] = dim, index
+    return found
+
+
+def _cut(pieces: Iterable[torch.Tensor], cut: tuple[int, torch.Tensor] | None) -> Iterator[torch.Tensor]:
+    """Pieces of whole rows without the rows (dim 0) or columns (dim 1) that go; `cut` has sorted indices."""
+    if cut is None:
+        yield from pieces
+        return
+    dim, index = cut
+    first = 0
+    for piece in pieces:
+        if dim == 0:
+            begin, end = torch.searchsorted(index, torch.tensor([first, first + len(piece)])).tolist()
+            yield piece if end - begin == len(piece) else piece.index_select(0, index[begin:end] - first)
+        else:
+            yield piece if len(index) == piece.shape[1] else _columns(piece, index)
+        first += len(piece)
+
+
+def _columns(piece: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Columns of a piece; numpy takes them several times as fast as torch, of whole numbers of the same width."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[piece.element_size()]
+    return torch.from_numpy(piece.view(whole).numpy().take(index.numpy(), 1)).view(piece.dtype)
+
+
+def _stream(surgery: _Surgery, progress: Path, noted: dict[str, Any]) -> None:
+    """Take every step that is not done yet, and note each when it is."""
+    from tqdm.auto import tqdm
+
+    slices = trace_units(surgery.plan.source.layers)
+    pending = surgery.pending()
+    for name in itertools.chain.from_iterable(step.reads for step in pending):
+        # noted by a call that was interrupted in between
+        surgery.checkpoint.digests.pop(name, None)
+    bar = tqdm(pending, desc="pruning", unit="step", disable=None, leave=False)
+    for step, following in itertools.zip_longest(bar, pending[1:]):
+        if following is not None:
+            surgery.checkpoint.announce(following.reads)
+        surgery.take(step, slices)
+        # the next layer may be read already
+        read = dict(surgery.checkpoint.digests)
+        write_json(progress, {**noted, "read": read, "written": surgery.writer.digests})
+        if surgery.refit is not None and step.layer is not None:
+            surgery.writer.wait()
+            surgery.refit.finished(step.layer)
+
+
+def _layer_of(step: _Step) -> int:
+    return -1 if step.layer is None else step.layer
+
+
+def _steps(plan: PruningPlan, checkpoint: Checkpoint, writer: ShardWriter) -> tuple[_Step, ...]:
+    """Everything that there is to read and write, layers whole and the rest one by one, in the order of the files."""
+    steps = []
+    for index in range(len(plan.layers)):
+        prefix = layer_prefix(index)
+        reads = tuple(name for name in checkpoint.tensors if name.startswith(prefix))
+        if reads:
+            steps.append(_Step(reads, tuple(name for name in writer.tensors if name.startswith(prefix)), index))
+    inside = {name for step in steps for name in step.reads}
+    steps += [_Step((name,), (name,) if name in writer.tensors else ()) for name in checkpoint.tensors if name not in inside]
+    place = {name: number for number, name in enumerate(checkpoint.tensors)}
+    return tuple(sorted(steps, key=lambda step: place[step.reads[0]]))
+
+
+def _resume(checkpoint: Checkpoint, writer: ShardWriter, noted: dict[str, Any]) -> None:
+    """Take over what was read, and what was written as far as it is on the disk as it should be."""
+    checkpoint.digests |= noted["read"]
+    for name, digest in noted["written"].items():
+        if name in writer.tensors:
+            writer.holds(name, digest)
+
+
+def _pruned_skeleton(folder: Path, config: Any, plan: PruningPlan, dtype: torch.dtype) -> PrunedLlamaForCausalLM:
+    """The pruned model without weights, with what `prune` would give it of `folder`."""
+    from transformers import GenerationConfig
+
+    with torch.device("meta"):
+        pruned = PrunedLlamaForCausalLM(pruned_config(config, plan)).to(dtype)
+    pruned.tie_weights()
+    path = folder / PLAN_FILE
+    whole = plan
+    if config.model_type == pruned.config.model_type and path.exists():
+        whole = PruningPlan.load(path).compose(plan)
+    pruned.prune_plan = whole.to_dict()
+    try:
+        pruned.generation_config = GenerationConfig.from_pretrained(folder)
+    except OSError:
+        # from_pretrained of a model without that file does the same
+        pruned.generation_config = GenerationConfig.from_pretrained(
+            folder, config_file_name="config.json", _from_model_config=True
+        )
+    return pruned
+
+
+def _write_around(
+    pruned: PrunedLlamaForCausalLM,
+    folder: Path,
+    output: Path,
+    checkpoint: Checkpoint,
+    writer: ShardWriter,
+    known: Mapping[str, Any],
+) -> None:
+    """Everything but the weights."""
+    pruned.save_pretrained(output, state_dict={})
+    if writer.index is not None:
+        write_text(output / INDEX, json.dumps(writer.index, indent=2, sort_keys=True) + "\n")
+    for pattern in CARRIED_FILES:
+        for path in folder.glob(pattern):
+            copy = output / path.relative_to(folder)
+            if not copy.exists():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+    # a file of weights that no index names was not read
+    alone = set(folder.glob("*.safetensors")) == set(checkpoint.files)
+    own = {
+        "plan_hash": PruningPlan.from_dict(pruned.prune_plan).hash(),
+        "base_fingerprint": fingerprint_of_digests(checkpoint.digests) if alone else fingerprint(folder),
+        **known,
+        "fingerprint": fingerprint_of_digests(writer.digests),
+    }
+    write_identity(output, **{**(read_identity(folder) or {}), **own})

@@ -1,0 +1,123 @@
+"""Layers of a checkpoint on disk go in, one after the other; their pruned weights, re-fitted in closed form, come out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..compensation import Walk
+from ..data import batches_of
+from ..dependency_graph import UnitSlices
+from ..models import placed
+from ..plan import LayerPlan
+from ..statistics import Moments, Statistics
+from ..surgery import prune_layer
+from ..utils import ReadAhead, write_json
+from .activations import Spill, Spilled
+from .layers import Layers
+
+
+def streams_room(tokens: int, hidden: int, dtype: torch.dtype, held: int = 0) -> int:
+    """Bytes on disk of the streams at their most: of both models before a layer, in the middle of it and behind it.
+
+    `held` bytes of them stay in memory.
+    """
+    return max(0, 6 * tokens * hidden * dtype.itemsize - held)
+
+
+class Refit:
+    """`least_squares` of `prune`, layer by layer and bit for bit; the residual streams of both models are spilled."""
+
+    def __init__(self, layers: Layers, pruned: Any, statistics: Statistics, working: Path, spare: int = 0) -> None:
+        """Prepare; nothing is read.
+
+        Args:
+            layers: the dense checkpoint.
+            pruned: the pruned model without weights.
+            statistics: moments, and windows to walk along; without windows each block is re-fitted by itself.
+            working: a folder for the streams, which `begin` may find there.
+            spare: bytes of a GPU's memory for them.
+        """
+        self.layers, self.pruned, self.statistics = layers, pruned, statistics
+        self.spill = Spill(working / "streams", layers.device, spare)
+        self.walk: Walk | None = None
+        self.differs = False
+        self._moments = ReadAhead(layers.device, self._read, _tensors)
+
+    def begin(self, first: int) -> int:
+        """Stand before the layer `first`, or before an earlier one where its streams are not there: which one it is."""
+        calibration = self.statistics.calibration
+        if calibration is None:
+            return first
+        self.spill.folder.mkdir(parents=True, exist_ok=True)
+        ids, held_out = batches_of(
+            calibration.fitted, calibration.held_out, self.layers.config.vocab_size, self.layers.device
+        )
+        found = next((index for index in range(first, -1, -1) if self._whole(index)), 0)
+        for path in self.spill.folder.glob("before-*.json"):
+            # of streams that are gone, or will be made anew
+            if path != self._note(found):
+                path.unlink()
+        if self._whole(found):
+            state = self._state(found)
+            dense, pruned = (Spilled(self.spill, state[name]) for name in ("dense", "pruned"))
+            self.differs = state["differs"]
+        else:
+            dense = pruned = self.spill.keep(self.layers.embedded(ids))
+        surroundings = self.layers.surroundings(calibration.ids.shape[1])
+        self.walk = Walk(dense, pruned, held_out, surroundings, self.pruned.config, self.spill.keep)
+        return found
+
+    def layer(self, index: int, kept: LayerPlan, slices: UnitSlices) -> dict[str, torch.Tensor]:
+        """The weights of a pruned layer on the device, by the names within it; layers come in order."""
+        with self.layers.layer(index, index + 1) as dense:
+            weights = dict(dense.state_dict())
+            self.statistics.check_weights(index, weights)
+            following = index + 1 if index + 1 < len(self.statistics.source.layers) else None
+            new = prune_layer(weights, kept, slices, self._moments.take(index, following))
+            if self.walk is None:
+                return new
+            layer = self.pruned.get_decoder().layers[index]
+            with placed(layer, new):
+                for kind in ("attention", "mlp"):
+                    self.differs = self.walk.block(index, kind, dense, layer, self.differs)
+                new = dict(layer.state_dict())
+            streams = {"dense": self.walk.dense, "pruned": self.walk.pruned}
+            names = {key: stream.name for key, stream in streams.items() if isinstance(stream, Spilled)}
+            write_json(self._note(index + 1), {**names, "differs": self.differs})
+        return new
+
+    def _read(self, index: int) -> dict[str, Moments]:
+        return self.statistics.read(index, self.layers.device)
+
+    def finished(self, index: int) -> None:
+        """The layer's weights are safe: what came before it may go."""
+        if self.walk is not None:
+            state = self._state(index + 1)
+            self._note(index).unlink(missing_ok=True)
+            self.spill.drop_all_but((state["dense"], state["pruned"]))
+
+    def _state(self, index: int) -> dict[str, Any]:
+        """The names of the streams before a layer, and whether they differ."""
+        state: dict[str, Any] = json.loads(self._note(index).read_text(encoding="utf-8"))
+        return state
+
+    def _whole(self, index: int) -> bool:
+        """Whether the streams before a layer are there."""
+        if not self._note(index).exists():
+            return False
+        state = self._state(index)
+        return all(self.spill.has(state[name]) for name in ("dense", "pruned"))
+
+    def _note(self, index: int) -> Path:
+        """Which streams there are before a layer."""
+        return self.spill.folder / f"before-{index}.json"
+
+
+def _tensors(layer: dict[str, Moments]) -> Iterator[torch.Tensor]:
+    for moments in layer.values():
+        yield from moments.tensors()

@@ -1,0 +1,70 @@
+"""A device's name goes in; where this process computes comes out, or one line that says why it cannot."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..errors import UsageError, WorkError
+
+CPU = torch.device("cpu")
+#: all GPUs, each with some of the layers
+AUTO = "auto"
+
+
+def choose(name: str | None) -> torch.device:
+    """`cpu`, `cuda` or `cuda:N`; None and `auto`: the first GPU (CUDA or ROCm), or the CPU where there is none.
+
+    Raises:
+        UsageError: another name, or a GPU that is not there. Re-fitting is done in float64, which MPS lacks.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name in (None, AUTO):
+        return torch.device("cuda", 0) if count else CPU
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if not match:
+        raise UsageError(f"--device {name!r} must be cpu, cuda, cuda:N or auto")
+    if name == "cpu":
+        return CPU
+    index = int(match[1] or 0)
+    if index >= count:
+        there = ", ".join(f"cuda:{index}" for index in range(count)) or "no GPU that torch can use"
+        raise UsageError(f"--device {name}: this machine has {there}: choose another, or leave --device out")
+    return torch.device("cuda", index)
+
+
+@contextmanager
+def within(device: torch.device, way_out: str, size: int | None = None) -> Iterator[None]:
+    """Let this process take no more than `size` bytes of a GPU's memory, None for all of it, until the block ends.
+
+    Raises:
+        WorkError: it was too little; one line that ends in `way_out`.
+    """
+    bound = size if device.type == "cuda" else None
+    if bound is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, bound / total), device)
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        raise WorkError(f"the memory of {device} is full ({reason}): {way_out}") from error
+    finally:
+        if bound is not None:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def spread(model: Any, places: Mapping[str, int | str | torch.device]) -> None:
+    """Let `model`, which lies on the devices that `places` (a `hf_device_map`) names, run over them as accelerate does it."""
+    from accelerate.hooks import attach_align_device_hook_on_blocks
+
+    if len(set(places.values())) < 2:
+        return
+    devices = {name: torch.device(place) for name, place in places.items()}
+    # hidden states go from device to device, and the result back to where the input was
+    attach_align_device_hook_on_blocks(model, devices | {"": next(iter(devices.values()))}, dict.fromkeys(devices, False))
+    model.hf_device_map = dict(places)

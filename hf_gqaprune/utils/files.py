@@ -1,0 +1,210 @@
+"""Files that are whole or absent: everything is written under a temporary name and renamed when complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from ..errors import UsageError, WorkError
+
+if TYPE_CHECKING:
+    import torch
+
+#: what a folder that may be replaced holds, and a key in it: a checkpoint, an adapter, statistics, a run
+_HEADS = {"config.json": "model_type", "adapter_config.json": "peft_type", "statistics.json": "criterion", "run.json": "done"}
+
+
+def refuse_existing(
+    path: str | os.PathLike[str],
+    overwrite: bool,
+    *,
+    file: bool = False,
+    way_out: str = "choose another output or pass --overwrite",
+) -> Path:
+    """Return `path`, where a folder may be written, or a `file`.
+
+    Raises:
+        UsageError: it exists (an empty folder counts as absent) and `overwrite` is false; it is of another kind than what
+            would replace it; it cannot be made, or not be replaced by a rename, as a link, a mounted disk or a folder in
+            which this process stands.
+    """
+    target = Path(path)
+    if target.name == "..":
+        raise UsageError(f"{target} ends in ..: write out which folder is meant, {target.resolve()}")
+    if target.is_symlink() and not file:
+        raise UsageError(f"{target} is a link, which a folder cannot replace: name {target.resolve()}")
+    taken = occupied(target)
+    if taken and not overwrite:
+        raise UsageError(f"{target} exists already: {way_out}")
+    if file and target.is_dir():
+        raise UsageError(f"{target} is a folder: name a file")
+    if target.exists() and (os.path.ismount(target) or Path.cwd().is_relative_to(target.resolve())):
+        raise UsageError(f"{target} is a mounted disk or holds the current folder, and stays: name a folder in it")
+    if taken and not file and not any(key in _head(target / name) for name, key in _HEADS.items()):
+        raise UsageError(
+            f"{target} is no checkpoint, adapter, statistics or run, so it is not replaced: choose another output, or "
+            "delete it yourself"
+        )
+    place = next(parent for parent in target.absolute().parents if parent.exists())
+    if not place.is_dir():
+        raise UsageError(f"{target} cannot be written: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"{target} cannot be written: no permission to write in {place}")
+    return target
+
+
+def occupied(path: Path) -> bool:
+    """Whether there is anything at `path`; an empty folder counts as absent."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
+def _head(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where the file holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def refuse_lost(target: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Raise [`UsageError`] where one of `inputs`, files or folders that will be read, is `target` or lies in it."""
+    replaced = Path(target).resolve()
+    for path in inputs:
+        if Path(path).exists() and (found := Path(path).resolve()).is_relative_to(replaced):
+            where = "" if found == replaced else f" lies in {target} and"
+            raise UsageError(f"{path}{where} would be replaced by the output: choose another output")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Let no other call work in `folder`, which need not be there, until the block ends or the process does.
+
+    A file beside it is locked, so that the folder itself may go and come back meanwhile.
+
+    Raises:
+        UsageError: another call works there.
+        WorkError: nothing can be written beside it.
+    """
+    path = folder.with_name(f".{folder.name.removeprefix('.')}.lock")
+    taken = FileLock(path)
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        taken.acquire(blocking=False)
+        # the one before may have removed it in between
+        while not path.exists():
+            taken.release()
+            taken.acquire(blocking=False)
+    except Timeout:
+        raise UsageError(f"another process works in {folder}: wait until it has ended") from None
+    except OSError as error:
+        raise WorkError(f"cannot lock {path}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        taken.release()
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; it takes the name `path` when the block ends without an error.
+
+    On an error the temporary folder is removed and `path` stays as it was. Raises [`UsageError`] as `refuse_existing`.
+    """
+    target = refuse_existing(path, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield scratch
+        # another may have come by now
+        refuse_existing(target, overwrite)
+        put_in_place(scratch, target)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Give `folder` the name `target` on the same disk; what was there goes, or comes back on an error."""
+    folder.chmod(0o777 & ~_umask())
+    if not target.exists():
+        os.rename(folder, target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    aside = old / target.name
+    try:
+        os.rename(target, aside)
+        os.rename(folder, target)
+    except BaseException:
+        if aside.exists():
+            os.rename(aside, target)
+        old.rmdir()
+        raise
+    shutil.rmtree(old)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` (UTF-8) to `path` in one step: readers see the old file or the new one, never half of it."""
+    target = Path(path)
+    handle, scratch = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent or ".")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(scratch, 0o666 & ~_umask())
+        os.replace(scratch, target)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | os.PathLike[str], data: Any) -> None:
+    """`write_text` of `data` as indented JSON with a final newline; keys keep their order."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_room(folder: Path, size: int, what: str) -> None:
+    """Raise [`UsageError`] unless `folder`, with what it holds already, has room on its disk for `size` bytes of `what`."""
+    there = size_on_disk(folder)
+    place = next(path for path in folder.absolute().parents if path.exists())
+    missing, free = size - there, shutil.disk_usage(place).free
+    if missing > free:
+        raise UsageError(
+            f"{what} need {missing / 1e9:.2f} GB more, and {place} has {free / 1e9:.2f} GB left: "
+            "make room, or choose another output"
+        )
+
+
+def disk_of(path: Path) -> int:
+    """Which disk `path`, which need not be there, is on or would be."""
+    return next(place for place in path.absolute().parents if place.exists()).stat().st_dev
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes that the files below `folder` take; 0 where it is not there."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; [`WorkError`], naming `path`, where it cannot be written, on a full disk for one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata)
+    except (OSError, SafetensorError) as error:
+        raise WorkError(f"cannot write {path}: {' '.join(str(error).split())}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

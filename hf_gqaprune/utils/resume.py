@@ -1,0 +1,120 @@
+"""What an interrupted call leaves, and whether the next one may go on with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError, WorkError
+from .files import alone
+
+PROGRESS = "progress.json"
+#: in a working folder: what is put together last and then takes the output's name
+WHOLE = "whole"
+VERSION = 1
+
+
+def working_folder(target: Path) -> Path:
+    """Where the parts of `target` lie until it is whole."""
+    return target.parent / f".{target.name}.unfinished"
+
+
+@contextmanager
+def begun(
+    working: Path, resume: bool, overwrite: bool, inputs: dict[str, str], notes: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Let no other call work in `working` until the block ends, and yield what an interrupted one noted there.
+
+    That is `version`, `inputs` and a dictionary for each of `notes`, empty without such a call; the block writes it as
+    `PROGRESS` once it has something to keep. Without that the folder goes when the block fails.
+
+    Raises:
+        UsageError: there was one, and this call is not told to go on with it or was given other `inputs`; or it is at work.
+        WorkError: the folder cannot be made.
+    """
+    with alone(working):
+        _refuse(working, resume, overwrite)
+        if not (resume and (working / PROGRESS).exists()):
+            # without its progress a folder is what is left of one that was being removed
+            drop(working)
+        try:
+            working.mkdir(exist_ok=True)
+        except OSError as error:
+            raise WorkError(f"cannot write {working}: {error.strerror}") from error
+        try:
+            yield _noted(working, inputs, notes)
+        except BaseException:
+            if not (working / PROGRESS).exists():
+                drop(working)
+            raise
+
+
+@contextmanager
+def resumable(working: Path) -> Iterator[None]:
+    """Say of what fails in the block, as [`WorkError`], that what was finished is in `working`."""
+    try:
+        yield
+    except (OSError, WorkError) as error:
+        reason = " ".join(str(error).split())
+        raise WorkError(f"{reason}; what was finished is in {working}: pass --resume to go on, or delete it") from error
+
+
+def _noted(working: Path, inputs: dict[str, str], notes: Sequence[str]) -> dict[str, Any]:
+    """What `begun` yields."""
+    path = working / PROGRESS
+    if not path.exists():
+        return {"version": VERSION, "inputs": inputs, **{name: {} for name in notes}}
+    try:
+        noted: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        made_from = noted["inputs"] if noted["version"] == VERSION else {}
+        for name in notes:
+            noted[name].items()
+        differing = [name for name, value in inputs.items() if made_from.get(name) != value]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is not readable, so nothing can be resumed: delete {working}") from error
+    if differing:
+        raise UsageError(f"{working} was begun with another {differing[0]}: give the same one, or delete it to begin anew")
+    return noted
+
+
+def whole_folder(working: Path) -> Path:
+    """An empty folder in `working` to put the output together in; files that an interrupted call had moved there are back."""
+    whole = working / WHOLE
+    if whole.is_dir():
+        for path in whole.glob("*.safetensors"):
+            os.rename(path, working / path.name)
+        shutil.rmtree(whole)
+    whole.mkdir(parents=True)
+    return whole
+
+
+def drop(working: Path) -> None:
+    """Remove a working folder, if it is there; under another name, so that half of it is never gone on with."""
+    going = working.with_name(f"{working.name}.dropped")
+    shutil.rmtree(going, ignore_errors=True)
+    if working.exists():
+        os.rename(working, going)
+        shutil.rmtree(going)
+
+
+def refuse_unfinished(working: Path, resume: bool, overwrite: bool) -> None:
+    """Raise [`UsageError`] where a call works in `working`, or left it and this one neither goes on with it nor drops it."""
+    if working.exists():
+        with alone(working):
+            _refuse(working, resume, overwrite)
+
+
+def _refuse(working: Path, resume: bool, overwrite: bool) -> None:
+    if (working / PROGRESS).exists() and not (resume or overwrite):
+        raise UsageError(f"{working} is of an interrupted call: pass --resume to go on with it, or delete it")
+
+
+def sha256(value: Any) -> str:
+    """Of what `repr` makes of it, hex."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()

@@ -1,0 +1,12 @@
+from .card import create_model_card as create_model_card
+from .card import head as head
+from .licenses import UNKNOWN as UNKNOWN
+from .licenses import card_metadata as card_metadata
+from .licenses import check_name as check_name
+from .licenses import derived_name as derived_name
+from .licenses import license_of_text as license_of_text
+from .licenses import llama_terms as llama_terms
+from .load_line import card_command as card_command
+from .load_line import loads_from as loads_from
+from .load_line import names_repository as names_repository
+from .load_line import renaming_command as renaming_command

@@ -1,0 +1,244 @@
+"""Distillation: the divergence by hand, the teacher's cut logits, its cache on disk, and blocks fitted one by one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.tiny import tiny_llama, token_ids
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_gqaprune import make_plan, prune, recover
+from hf_gqaprune.checkpoint import identity
+from hf_gqaprune.errors import WorkError
+from hf_gqaprune.trainer import distill
+from hf_gqaprune.trainer.blockwise import reconstruct
+from hf_gqaprune.trainer.distill import divergence, losses, top_logits
+
+
+def full_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    q, p = (F.log_softmax(logits / temperature, -1) for logits in (student, teacher))
+    return F.kl_div(q, p, log_target=True, reduction="none").sum(-1) * temperature**2
+
+
+def test_the_divergence_by_hand() -> None:
+    teacher = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    student = torch.tensor([[0.25, 0.25, 0.25, 0.25]]).log()
+    # kept: 0.5 against 0.25; the other three together: 0.5 against 0.75
+    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert float(divergence(student, top_logits(teacher, 1))) == pytest.approx(expected, rel=1e-6)
+
+
+@given(st.integers(2, 40), st.integers(1, 60), st.floats(0.5, 4.0), st.integers(0, 1000))
+def test_the_divergence_is_a_lower_bound_and_exact_when_all_is_kept(
+    vocabulary: int, k: int, temperature: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(5, vocabulary, generator=generator) * 4 for _ in range(2))
+    full = full_divergence(student, teacher, temperature)
+    found = divergence(student, top_logits(teacher, k, temperature), temperature)
+    assert (found >= -1e-4).all() and (found <= full + 1e-4).all()
+    if k >= vocabulary:
+        torch.testing.assert_close(found, full, atol=1e-4, rtol=1e-4)
+    itself = divergence(teacher, top_logits(teacher, k, temperature), temperature)
+    torch.testing.assert_close(itself, torch.zeros(5), atol=1e-4, rtol=0)
+
+
+def test_the_gradient_is_that_of_the_full_divergence_when_all_is_kept() -> None:
+    student = torch.randn(7, 30, requires_grad=True)
+    teacher = torch.randn(7, 30)
+    (ours,) = torch.autograd.grad(divergence(student, top_logits(teacher, 30, 2.0), 2.0).sum(), student)
+    (full,) = torch.autograd.grad(full_divergence(student, teacher, 2.0).sum(), student)
+    torch.testing.assert_close(ours, full)
+    (cut,) = torch.autograd.grad(divergence(student, top_logits(teacher, 3), 1.0).sum(), student)
+    assert cut.isfinite().all()
+
+
+def test_a_teacher_that_is_certain_gives_finite_gradients() -> None:
+    student = torch.randn(2, 9, requires_grad=True)
+    teacher = torch.zeros(2, 9)
+    teacher[:, 4] = 1e4
+    loss = divergence(student, top_logits(teacher, 2)).sum()
+    loss.backward()
+    assert loss.isfinite() and student.grad is not None and student.grad.isfinite().all()
+
+
+def test_slices_of_the_logits_give_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels = torch.randn(11, 20, requires_grad=True), torch.randint(20, (11,))
+    targets = top_logits(torch.randn(11, 20), 4)
+    whole = losses(logits, labels, targets)
+    whole_gradient = torch.autograd.grad(whole[0] + whole[1], logits)
+    monkeypatch.setattr(distill, "_LOGITS_AT_ONCE", 60)
+    sliced = losses(logits, labels, targets)
+    torch.testing.assert_close(sliced, whole)
+    torch.testing.assert_close(torch.autograd.grad(sliced[0] + sliced[1], logits), whole_gradient)
+    assert float(whole[0].detach()) == pytest.approx(float(F.cross_entropy(logits, labels, reduction="sum").detach()))
+
+
+# --- in training
+
+SETTINGS: dict[str, Any] = {"seq_len": 32, "max_tokens": 768, "batch_tokens": 256, "rank": 4, "learning_rate": 1e-2}
+
+
+@pytest.fixture
+def dense(tmp_path: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Path:
+    # as it is drawn, it predicts next to nothing, and a pruned one the same
+    with torch.no_grad():
+        for parameter in llama.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(6)
+    llama.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+@pytest.fixture
+def pruned(tmp_path: Path, dense: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Path:
+    plan = make_plan(model=llama, backbone_ratio=0.3, criterion="magnitude")
+    prune(llama, plan, compensation="none").save_pretrained(tmp_path / "pruned")
+    tokenizer.save_pretrained(tmp_path / "pruned")
+    identity.write_identity(tmp_path / "pruned", fingerprint=identity.fingerprint(tmp_path / "pruned"), plan_hash=plan.hash())
+    return tmp_path / "pruned"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    (tmp_path / "text.txt").write_text(" ".join(str(i * i) for i in range(400)))
+    return str(tmp_path / "text.txt")
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> str:
+    rows = [{"prompt": f"{i} times {i} is ", "completion": str(i * i)} for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "pairs.jsonl")
+
+
+def log(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "training_log.json").read_text())
+
+
+def test_the_first_loss_is_the_divergence_of_pruned_from_dense(
+    dense: Path, pruned: Path, text: str, tmp_path: Path
+) -> None:
+    """Before the first update, on the rows of the first step, with everything kept of the teacher's logits."""
+    from transformers import AutoModelForCausalLM
+
+    settings = {**SETTINGS, "max_tokens": 256, "held_out_tokens": 0, "top_k": 259, "temperature": 2.0}
+    out = recover(pruned, [text], tmp_path / "out", teacher=dense, distillation=0.75, **settings)
+    (entry,) = log(out)["train"]
+    assert entry["loss"] == pytest.approx(0.25 * entry["cross_entropy"] + 0.75 * entry["divergence"], rel=1e-5)
+
+    from transformers import AutoTokenizer
+
+    from hf_gqaprune.configuration.recovery import resolve
+    from hf_gqaprune.trainer.data import load_data
+
+    data = load_data(AutoTokenizer.from_pretrained(pruned), [text], resolve("default", settings), seed=0)
+    ids = torch.tensor(data.train["input_ids"][:])
+    with torch.no_grad():
+        student = AutoModelForCausalLM.from_pretrained(pruned)(ids)
+        teacher = AutoModelForCausalLM.from_pretrained(dense)(ids)
+    expected = full_divergence(student.logits[:, :-1], teacher.logits[:, :-1], 2.0).mean()
+    assert entry["divergence"] == pytest.approx(float(expected), rel=5e-3)
+
+
+@pytest.mark.parametrize("kind", ["text", "pairs"])
+def test_the_cache_on_disk_trains_as_the_teacher_in_memory(
+    dense: Path, pruned: Path, text: str, pairs: str, tmp_path: Path, kind: str
+) -> None:
+    source = text if kind == "text" else pairs
+    settings = {**SETTINGS, "epochs": 2, "distillation": 1.0, "top_k": 8, "teacher": dense}
+    one = recover(pruned, [source], tmp_path / "memory", **settings)
+    other = recover(pruned, [source], tmp_path / "disk", teacher_cache=True, **settings)
+    first, second = log(one)["train"], log(other)["train"]
+    assert len(first) == len(second) > 2
+    for a, b in zip(first, second, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_a_full_gpu_says_which_settings_take_less(
+    dense: Path, pruned: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No CPU has a memory of its own that is full: the error of a GPU is raised where it would be."""
+    from hf_gqaprune.trainer.sft import RecoveryTrainer
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    settings = {**SETTINGS, "max_tokens": 256, "teacher": dense}
+    with monkeypatch.context() as patched:
+        patched.setattr(RecoveryTrainer, "compute_loss", full)
+        for changes, ways in (
+            ({}, "teacher_cache=true, or set quantize=4bit"),
+            ({"teacher_cache": True, "method": "full"}, "method=lora"),
+        ):
+            told = rf"lower device_tokens \(4096\) or seq_len \(\d+\), or set {ways}, and start anew"
+            with pytest.raises(WorkError, match=rf"memory of cpu is full \(CUDA out of memory\): {told}"):
+                recover(pruned, [text], tmp_path / "out", overwrite=True, **settings, **changes)
+    assert recover(pruned, [text], tmp_path / "out", overwrite=True, **settings).is_dir()
+
+
+def test_blocks_of_the_pruned_model_move_towards_the_dense_ones() -> None:
+    dense = tiny_llama(layers=3)
+    plan = make_plan(model=dense, backbone_ratio=0.3, criterion="magnitude")
+    student = prune(dense, plan, compensation="none")
+    ids = token_ids(24, 12)
+    before = copy.deepcopy(dense.state_dict())
+    found = reconstruct(student, dense, ids, rows=8, learning_rate=1e-2, epochs=6, seed=0)
+    assert all(block.after < block.before for block in found if block.before > 1e-9)
+    assert all(block.after <= block.before for block in found) and found[-1].before > 1e-3
+    assert [(block.layer, block.block) for block in found] == [
+        (i, block)
+        for i, layer in enumerate(student.model.layers)
+        for block in ("self_attn", "mlp")
+        if getattr(layer, block) is not None
+    ]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
+    # the last distance is that of the whole models' streams
+    ends: list[torch.Tensor] = []
+    with torch.no_grad():
+        for model in (student, dense):
+            hook = model.model.norm.register_forward_pre_hook(lambda _m, args: ends.append(args[0]))
+            model(ids)
+            hook.remove()
+    distance = (ends[0] - ends[1]).square().sum() / ends[1].square().sum()
+    assert found[-1].after == pytest.approx(float(distance), rel=1e-4)
+
+
+def test_reconstruction_changes_only_what_trains() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    dense = tiny_llama()
+    student = get_peft_model(copy.deepcopy(dense), LoraConfig(r=2, target_modules=["down_proj"]))
+    with torch.no_grad():
+        student.base_model.model.model.layers[0].mlp.up_proj.weight[0] = 0
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    reconstruct(student, dense, token_ids(8, 12), rows=4, learning_rate=1e-2, epochs=2, seed=0)
+    changed = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and all("lora_" in name for name in changed)
+
+
+@pytest.mark.parametrize(("student_dtype", "dense_dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_the_dense_model_may_compute_in_another_dtype(student_dtype: torch.dtype, dense_dtype: torch.dtype) -> None:
+    dense = tiny_llama()
+    plan = make_plan(model=dense, backbone_ratio=0.3, criterion="magnitude")
+    student = prune(dense, plan, compensation="none").to(student_dtype)
+    found = reconstruct(student, dense.to(dense_dtype), token_ids(16, 12), rows=8, learning_rate=1e-2, epochs=2, seed=0)
+    assert found[-1].after < found[-1].before
+    assert {parameter.dtype for parameter in student.parameters()} == {student_dtype}
+
+
+def test_a_run_may_begin_block_by_block(dense: Path, pruned: Path, text: str, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "distillation": 1.0, "teacher": dense, "held_out_tokens": 64}
+    plain = recover(pruned, [text], tmp_path / "plain", **settings)
+    begun = recover(pruned, [text], tmp_path / "begun", blockwise_tokens=768, **settings)
+    assert log(begun)["train"][0]["divergence"] < log(plain)["train"][0]["divergence"]

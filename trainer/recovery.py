@@ -1,0 +1,107 @@
+"""A pruned checkpoint and text go in; the recovered checkpoint comes out. `accelerate launch` starts `main`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError, WorkError
+from ..utils import write_json
+from .request import make_request, request_from_yaml
+from .train import train
+
+
+def recover(
+    model: str | Path,
+    data: Sequence[str],
+    output: str | Path,
+    *,
+    preset: str = "default",
+    max_tokens: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    resume: bool = False,
+    teacher: str | Path | None = None,
+    evaluation: Sequence[str] = (),
+    **changes: Any,
+) -> Path:
+    """Train a checkpoint, in this process (one of several under `accelerate launch`), and write the merged result.
+
+    While it runs, checkpoints lie in `OUTPUT.training`; they are kept if it fails and removed when it is done.
+
+    Args:
+        model: folder or Hub id of a causal LM, pruned or not.
+        data: names, files or dataset ids (`PATH[:CONFIG]`), each with an optional weight: `books.txt=0.7`.
+        output: folder that receives the merged checkpoint, `training_log.json`, and the adapter as `adapter/`.
+        preset: name in `presets.PRESETS`.
+        max_tokens: training tokens.
+        seq_len: tokens per row; None: what the model holds, at most 2048.
+        seed: of data order and adapter weights.
+        overwrite: replace `output`.
+        resume: go on from the last whole checkpoint, to the same weights as if it had never stopped.
+        teacher: folder or Hub id of the dense model, to distil from.
+        evaluation: texts that will be evaluated on; training on one of them is refused.
+        changes: other fields of `presets.Settings`.
+
+    Returns:
+        `output`.
+
+    Raises:
+        UsageError: the request makes no sense; said before any training.
+        WorkError: a loss that is not finite, a full disk; the last whole checkpoint is kept.
+    """
+    request = make_request(
+        model, data, output, preset=preset, seed=seed, overwrite=overwrite, resume=resume, teacher=teacher,
+        evaluation=evaluation, **_given(max_tokens, seq_len), **changes,
+    )  # fmt: skip
+    return train(request)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """What `accelerate launch -m hf_gqaprune.trainer.recovery --config FILE` runs in each process; the exit code."""
+    parser = argparse.ArgumentParser(prog="hf_gqaprune.trainer.recovery", description=recover.__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="arguments of recover, as YAML")
+    parser.add_argument("--failure", metavar="FILE", help="where a failure is told, as JSON")
+    args = parser.parse_args(argv)
+    try:
+        recover_from(args.config)
+    except Exception as error:
+        refused = isinstance(error, UsageError)
+        expected = isinstance(error, UsageError | WorkError)
+        if args.failure:
+            message = str(error) if expected else f"{type(error).__name__}: {error}"
+            trace = None if expected else traceback.format_exc()
+            write_json(args.failure, {"kind": type(error).__name__, "message": message, "traceback": trace})
+            # told: the launcher would only add its own traceback. Where one process of several fails by itself, only
+            # an exit code ends the others
+            if refused or os.environ.get("WORLD_SIZE", "1") == "1":
+                return 0
+        elif expected:
+            print(f"hf_gqaprune.trainer.recovery: {error}", file=sys.stderr)
+        else:
+            raise
+        return 2 if refused else 1
+    return 0
+
+
+def recover_from(config: str | Path) -> Path:
+    """`recover` with the arguments that a YAML file names."""
+    path = Path(config)
+    if not path.is_file():
+        raise UsageError(f"no such file: {path}")
+    return train(request_from_yaml(path.read_text(encoding="utf-8")))
+
+
+def _given(max_tokens: int | None, seq_len: int | None) -> dict[str, int]:
+    """Without what the preset decides."""
+    return {name: value for name, value in (("max_tokens", max_tokens), ("seq_len", seq_len)) if value is not None}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

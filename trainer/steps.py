@@ -1,0 +1,43 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..errors import UsageError
+from .request import Request
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How rows become optimizer steps: `rows` per forward pass, `accumulation` of those, `processes` at once."""
+
+    rows: int
+    accumulation: int
+    processes: int
+    per_epoch: int
+    total: int
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step, all processes together."""
+        return self.rows * self.accumulation * self.processes
+
+
+def plan_steps(request: Request, rows: int, processes: int) -> Steps:
+    """The step size nearest to `batch_tokens` that all processes share evenly; the same one for 1 and for 2 processes.
+
+    Raises:
+        UsageError: fewer rows than processes.
+    """
+    settings, seq_len = request.settings, request.settings.seq_len or 1
+    if rows < processes:
+        raise UsageError(f"the training text makes {rows} rows for {processes} processes: give more text")
+    wanted = min(max(1, (settings.batch_tokens or seq_len) // seq_len), rows)
+    # rounded down where the text holds no more
+    share = min(math.ceil(wanted / processes), rows // processes)
+    most = max(1, settings.device_tokens // seq_len)
+    device_rows = max(count for count in range(1, min(share, most) + 1) if share % count == 0)
+    per_epoch = rows // (share * processes)
+    return Steps(device_rows, share // device_rows, processes, per_epoch, per_epoch * settings.epochs)
