@@ -1,3 +1,5 @@
+from .folder import ModelFolder as ModelFolder
+from .folder import resolve_model as resolve_model
 from .identity import IDENTITY_FILE as IDENTITY_FILE
 from .identity import digest as digest
 from .identity import fingerprint as fingerprint

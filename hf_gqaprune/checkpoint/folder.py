@@ -1,0 +1,155 @@
+"""Open a model folder: its config, tokenizer and weights, each once and only when asked for."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..data import demo_model_path
+from ..errors import UsageError
+from ..utils import AUTO, CPU, choose, sha256
+from .reader import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+#: dtypes that a weight can be computed with
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class ModelFolder:
+    """A checkpoint folder whose parts are opened once; get one from [`resolve_model`].
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The config; raises [`UsageError`] if it is unreadable."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.path)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(f"the config of {self} is not readable: {reason}") from error
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, with a padding token; raises [`UsageError`] if the folder has none."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.path)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{self} holds no tokenizer: {' '.join(str(error).split())[:200]}") from error
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+        return tokenizer
+
+    @cached_property
+    def tensors(self) -> Checkpoint:
+        """Reader of the safetensors weights; only headers are read. Raises [`UsageError`] as [`Checkpoint`] does."""
+        return Checkpoint(self.path)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that `from_pretrained(dtype="auto")` loads: the config's, else that of the first floating weight."""
+        dtype: torch.dtype | None = self.config.dtype
+        if dtype is not None:
+            return dtype
+        floats = [stored for stored in self.tensors.tensors.values() if stored.dtype in FLOATS]
+        if not floats:
+            raise UsageError(f"{self} holds no floating-point weights: give the checkpoint with the plain weights")
+        return min(floats, key=lambda stored: (stored.file, stored.name)).dtype
+
+    @property
+    def stat_hash(self) -> str:
+        """Hash of the config, the tensor layout, and the sizes and modification times of the weight files."""
+        # times instead of contents: reading all weights once more would cost as much as the work
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.tensors.files]
+        layout = [(t.name, t.file.name, str(t.dtype), t.shape, t.start) for t in self.tensors.tensors.values()]
+        return sha256((stats, layout, (self.path / "config.json").read_bytes()))
+
+    def check_weights(self) -> None:
+        """Raise [`UsageError`] if there are no weights that transformers can load, or damaged safetensors files."""
+        if any(self.path.glob("*.safetensors")):
+            _ = self.tensors
+        elif not any(self.path.glob("*.bin")):
+            raise UsageError(f"{self} holds no weights (*.safetensors): give the folder of a whole checkpoint")
+
+    def load(
+        self, dtype: torch.dtype | str = "auto", device: torch.device | str | None = CPU, **options: Any
+    ) -> PreTrainedModel:
+        """Load the causal LM.
+
+        Args:
+            dtype: of the weights; `auto` for [`dtype`].
+            device: a device or its name; None or `auto` for all GPUs, with what they cannot hold on the CPU.
+            options: passed to `from_pretrained`.
+
+        Raises:
+            UsageError: a weight is missing, or there is no such device.
+        """
+        from transformers import AutoModelForCausalLM
+
+        place = device if isinstance(device, torch.device) else choose(device)
+        if place != CPU:
+            # directly to the device, without a full copy on the CPU
+            options.setdefault("device_map", "auto" if device in (None, AUTO) else {"": place})
+        model, info = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, output_loading_info=True, **options)
+        # transformers initializes missing weights at random
+        if missing := sorted(info["missing_keys"]):
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise UsageError(f"{self}: config.json asks for {missing[0]}{more}, which is not there: fetch the whole checkpoint")
+        return model
+
+
+def resolve_model(model: str | os.PathLike[str] | ModelFolder) -> ModelFolder:
+    """Resolve a folder, the embedded `demo`, or a Hub id (whose safetensors are downloaded); a [`ModelFolder`] stays itself.
+
+    Raises:
+        UsageError: neither a checkpoint folder nor a Hub id that can be reached.
+    """
+    if isinstance(model, ModelFolder):
+        return model
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"{path} holds no config.json: give the folder of a checkpoint")
+        return ModelFolder(path)
+    if str(model) == "demo":
+        return ModelFolder(demo_model_path())
+    if path.is_absolute() or str(model).count("/") > 1 or str(model).startswith("."):
+        raise UsageError(f"no such model folder: {model}")
+    return ModelFolder(_download(str(model)))
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        # with a partly filled cache, the gate is only the cause of the error raised
+        if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
+            raise UsageError(
+                f"{model} is gated: accept its terms at {constants.ENDPOINT}/{model}, and log in (hf auth login, HF_TOKEN)"
+            ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"no model folder {model}, and the Hub has none that can be reached: {reason}") from error
