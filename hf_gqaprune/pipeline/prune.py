@@ -10,7 +10,7 @@ from ..checkpoint import fingerprint, load_model, write_checkpoint
 from ..data import text_paths
 from ..errors import UsageError
 from ..plan import PruningPlan
-from ..selection import load_for_planning, make_plan, measure_layers
+from ..selection import MEASURING, load_for_planning, make_plan, measure_layers
 from ..statistics import Statistics, collect_statistics
 from ..surgery import prune
 from ..utils import AUTO, CPU, distributed, new_folder, refuse_existing, refuse_lost, within
@@ -42,7 +42,7 @@ def decide(prepared: Prepared, model: PreTrainedModel) -> tuple[PruningPlan, Sta
         return prepared.plan, statistics
     windows, how = prepared.calibration or statistics.calibration, request.allocation
     scores = measure_layers(model, windows) if windows and how == "layer_importance" else None
-    looked_at = model if how in ("search", "query_heads") else None
+    looked_at = model if how in MEASURING else None
     return make_plan(statistics, model=looked_at, layer_scores=scores, **request.demand()), statistics
 
 

@@ -1,4 +1,5 @@
 from .allocation import ALLOCATIONS as ALLOCATIONS
+from .allocation import MEASURING as MEASURING
 from .budget import ALLOCATION_NAMES as ALLOCATION_NAMES
 from .budget import Budget as Budget
 from .budget import Demand as Demand

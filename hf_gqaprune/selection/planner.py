@@ -12,10 +12,10 @@ from ..errors import UsageError, unknown
 from ..models import Key, ModelShape, skeleton
 from ..plan import LayerPlan, PruningPlan
 from ..statistics import CRITERIA, Statistics, collect_statistics
-from .allocation import ALLOCATIONS, allocate_layer_importance, allocate_per_layer
+from .allocation import ALLOCATIONS, MEASURING, AllocationInputs
 from .budget import Demand
-from .query_heads import Thinned, allocate_query_heads, options_of
-from .search import refine
+from .query_heads import QueryHeadOption
+from .rates import allocate_per_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,34 +90,28 @@ def make_plan(
         raise UsageError("allocation layer_importance and layer_scores (see layer_importance.measure) belong together")
     if criterion is not None and criterion not in CRITERIA:
         raise unknown("criterion", criterion, CRITERIA)
-    searched, thinned = demand.method == "search", demand.method == "query_heads"
-    if (searched or thinned) and (statistics is None or model is None or isinstance(model, (str, os.PathLike))):
+    unloaded = model is None or isinstance(model, (str, os.PathLike))
+    if demand.method in MEASURING and (statistics is None or unloaded):
         raise UsageError(f"allocation {demand.method} needs statistics, and the loaded model that they were collected on")
     if statistics is None:
         statistics = _uncalibrated(model, criterion, seed)
     elif criterion not in (None, statistics.criterion):
         raise UsageError(f"the statistics were collected for criterion {statistics.criterion}, not {criterion}")
     budget = demand.budget(statistics.source)
-    heads: dict[int, Thinned] = {}
-    if rates is not None:
-        removed = allocate_per_layer(budget, rates)
-    elif layer_scores is not None:
-        removed = allocate_layer_importance(budget, layer_scores, 1.0 if temperature is None else temperature)
-    else:
-        costs = {key: budget.in_lots(key, statistics.blocks[key].curve.cost) for key in budget.units}
-        if thinned:
-            options = options_of(model, statistics, {layer for layer, kind in budget.units if kind == "attention"})
-            removed, heads = allocate_query_heads(budget, costs, options)
-        else:
-            removed = ALLOCATIONS["global" if searched else demand.method](budget, costs)
-    if searched:
-        removed = refine(model, statistics, budget, removed)
-    plan = plan_of(statistics, budget.unpacked(removed), demand.describe(statistics.source), heads)
+    inputs = AllocationInputs(
+        statistics,
+        model,
+        () if rates is None else rates,
+        () if layer_scores is None else layer_scores,
+        temperature,
+    )
+    allocated = ALLOCATIONS[demand.method](budget, inputs)
+    plan = plan_of(statistics, budget.unpacked(allocated.removed), demand.describe(statistics.source), allocated.heads)
     return replace(plan, attention_bias=True, mlp_bias=True) if bias else plan
 
 
 def plan_of(
-    statistics: Statistics, removed: dict[Key, int], allocation: str, heads: Mapping[int, Thinned] | None = None
+    statistics: Statistics, removed: dict[Key, int], allocation: str, heads: Mapping[int, QueryHeadOption]
 ) -> PruningPlan:
     """The plan that removes the first `removed[block]` units of every block's curve; other blocks stay whole.
 
@@ -131,7 +125,7 @@ def plan_of(
             if (index, kind) in statistics.blocks:
                 order = statistics.blocks[index, kind].curve.order
                 kept[kind] = order[removed.get((index, kind), 0) :].tolist()
-        if heads and index in heads:
+        if index in heads:
             layers.append(heads[index].kept(removed[index, "attention"], tuple(sorted(kept["mlp"]))))
         else:
             layers.append(LayerPlan.of_groups(shape, kept["attention"], kept["mlp"]))

@@ -18,15 +18,15 @@ from ..linalg import fill_, invert_, remove_within, weighted_gram
 from ..models import OUTPUT_PROJECTION, Key
 from ..plan import LayerPlan
 from ..statistics import Statistics
-from .allocation import allocate_global
 from .budget import Budget
+from .convex_hull import allocate_global, half_channel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
-class Thinned:
+class QueryHeadOption:
     """An attention block whose groups have all lost the same number of query heads, and the curve of what is left.
 
     Attributes:
@@ -47,7 +47,7 @@ class Thinned:
         return LayerPlan(tuple(groups.tolist()), tuple(self.heads[groups].flatten().tolist()), channels)
 
 
-def thinned(second_moment: torch.Tensor, gram: torch.Tensor, slices: UnitSlices) -> Iterator[Thinned]:
+def thinned(second_moment: torch.Tensor, gram: torch.Tensor, slices: UnitSlices) -> Iterator[QueryHeadOption]:
     """From all query heads down to one per group, everything else re-fitted after each removal.
 
     In every round each group loses one head, the cheapest first over all groups; costs and updates are those of
@@ -70,7 +70,7 @@ def thinned(second_moment: torch.Tensor, gram: torch.Tensor, slices: UnitSlices)
         units = torch.arange(len(index)).view(groups, -1)
         # where columns went, P and A hold zeros
         order, cost = remove_within(p[index][:, index], a[index][:, index], units)
-        yield Thinned(heads, spent, order, cost)
+        yield QueryHeadOption(heads, spent, order, cost)
         if left == 1:
             return
         waiting = set(range(groups))
@@ -93,8 +93,8 @@ def _price(p: torch.Tensor, a: torch.Tensor, u: torch.Tensor) -> float:
 
 
 def allocate_query_heads(
-    budget: Budget, costs: Mapping[Key, torch.Tensor], options: Mapping[int, list[Thinned]]
-) -> tuple[dict[Key, int], dict[int, Thinned]]:
+    budget: Budget, costs: Mapping[Key, torch.Tensor], options: Mapping[int, list[QueryHeadOption]]
+) -> tuple[dict[Key, int], dict[int, QueryHeadOption]]:
     """Choose query heads and groups of every layer at one price per parameter, and meet the budget with FFN channels.
 
     Args:
@@ -135,7 +135,7 @@ def allocate_query_heads(
     rest = replace(budget, parameters=budget.parameters - spent, units=channels)
     removed = {**groups, **allocate_global(rest, costs)}
     missed = abs(rest.parameters - sum(budget.freed(key, removed[key]) for key in channels))
-    if missed > max((budget.unit[key] for key in channels), default=0) / 2 + 1e-6:
+    if missed > half_channel(budget):
         # channels do not make up for the jump to the next group
         by_heads = {key: _freed_by_heads(budget, key, option) for key, option in blocks.items()}
         unit = {key: size - by_heads.get(key, 0) // budget.units[key] for key, size in budget.unit.items()}
@@ -144,7 +144,7 @@ def allocate_query_heads(
     return removed, {key[0]: option for key, option in blocks.items()}
 
 
-def _freed_by_heads(budget: Budget, key: Key, option: Thinned) -> int:
+def _freed_by_heads(budget: Budget, key: Key, option: QueryHeadOption) -> int:
     """Parameters of the query heads that a layer's groups have lost: rows of `q_proj`, columns of `o_proj`."""
     shape = budget.shape.layers[key[0]]
     gone = shape.query_heads - option.heads.numel()
@@ -153,7 +153,7 @@ def _freed_by_heads(budget: Budget, key: Key, option: Thinned) -> int:
     return gone * (2 * budget.shape.hidden_size * shape.head_dim + bias // (shape.n_rep + 2))
 
 
-def options_of(model: PreTrainedModel, statistics: Statistics, layers: set[int]) -> dict[int, list[Thinned]]:
+def options_of(model: PreTrainedModel, statistics: Statistics, layers: set[int]) -> dict[int, list[QueryHeadOption]]:
     """What `thinned` gives for `layers`.
 
     Raises:
