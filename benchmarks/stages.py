@@ -12,7 +12,7 @@ import torch
 from shapes import forget, forget_peak, peak_rss, proc, random_windows
 
 import hf_gqaprune as gp
-from hf_gqaprune.checkpoint.loading import load_config, load_model
+from hf_gqaprune.checkpoint import resolve_model
 from hf_gqaprune.data.windows import split_batches
 from hf_gqaprune.linalg.symmetric import add_gram_
 from hf_gqaprune.models.checks import frozen
@@ -40,7 +40,7 @@ def streamed(
         Per stage seconds, peak RSS, bytes read and written, on a GPU the memory that was taken and kept there; the estimate
         that `--memory` goes by.
     """
-    shape = ModelShape.from_config(load_config(checkpoint))
+    shape = ModelShape.from_config(resolve_model(checkpoint).config)
     windows = gp.Calibration.from_ids(random_windows(shape.vocab_size, tokens, seq_len))
     gpu = device.type == "cuda"
     work = Work(shape, 2, *windows.ids.shape, CRITERIA["curvature"], refitted=True, gpu=gpu)
@@ -86,7 +86,7 @@ def in_memory(checkpoint: Path, tokens: int, seq_len: int, backbone_ratio: float
         Seconds of each, `ratio` of the statistics without the curves to the bare work, `share` of selection (curves and
         plan) and compensation in the whole.
     """
-    model = load_model(checkpoint)
+    model = resolve_model(checkpoint).load()
     windows = gp.Calibration.from_ids(random_windows(model.config.vocab_size, tokens, seq_len))
     shape = ModelShape.from_config(model.config)
     seconds: dict[str, float] = {}

@@ -21,7 +21,7 @@ from support.hub_server import TOKEN, HubServer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_gqaprune import PrunedLlamaForCausalLM
-from hf_gqaprune.checkpoint.loading import local_folder
+from hf_gqaprune.checkpoint import resolve_model
 from hf_gqaprune.cli import main
 from hf_gqaprune.errors import UsageError, WorkError
 from hf_gqaprune.hub import bundle, push, verify
@@ -159,7 +159,7 @@ def test_a_gated_model_says_where_its_terms_are(hub: HubServer, checkpoint: Path
     push(checkpoint, "acme/mini")
     hub.repos["models/acme/mini"].gated = True
     with pytest.raises(UsageError, match=rf"acme/mini is gated: accept its terms at {hub.endpoint}/acme/mini, and log in"):
-        local_folder("acme/mini")
+        resolve_model("acme/mini")
 
 
 def test_private_is_kept_or_refused(hub: HubServer, checkpoint: Path) -> None:

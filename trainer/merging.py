@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint import (
     IDENTITY_FILE,
+    ModelFolder,
     fingerprint,
-    load_config,
-    load_model,
-    local_folder,
     read_identity,
-    stored_dtype,
+    resolve_model,
     write_checkpoint,
     write_identity,
 )
@@ -59,7 +57,7 @@ def merge(adapter: str | Path, output: str | Path, *, base: str | Path | None = 
     return target
 
 
-def base_of(adapter: Path, base: str | Path | None = None) -> Path:
+def base_of(adapter: Path, base: str | Path | None = None) -> ModelFolder:
     """Folder of the checkpoint that `adapter` was trained on. Raises [`UsageError`] as `merge`."""
     if not (adapter / ADAPTER_CONFIG).is_file():
         inner = adapter / ADAPTER
@@ -70,7 +68,7 @@ def base_of(adapter: Path, base: str | Path | None = None) -> Path:
         raise UsageError(f"{adapter} has no {IDENTITY_FILE}, which says what weights it was trained on")
     if base is None:
         base = _recorded_base(adapter)
-    folder = local_folder(base)
+    folder = resolve_model(base)
     found = fingerprint(folder)
     if found != known.get("base_fingerprint"):
         raise UsageError(
@@ -80,13 +78,13 @@ def base_of(adapter: Path, base: str | Path | None = None) -> Path:
     return folder
 
 
-def merged(adapter: Path, folder: Path) -> PreTrainedModel:
+def merged(adapter: Path, folder: ModelFolder) -> PreTrainedModel:
     """The model in `folder` with the weights of `adapter` added in float32, cast to the dtype `folder` has on disk."""
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    dtype = stored_dtype(load_config(folder))
-    model = PeftModel.from_pretrained(load_model(folder, dtype), adapter)
+    dtype = folder.dtype
+    model = PeftModel.from_pretrained(folder.load(dtype), adapter)
     for module in model.modules():
         if isinstance(module, LoraLayer):
             # one matrix in float32 at a time, where all of them may be more than there is memory
@@ -97,12 +95,12 @@ def merged(adapter: Path, folder: Path) -> PreTrainedModel:
     return model.unload()
 
 
-def write_adapter_identity(adapter: Path, base: str | Path, folder: Path, base_fingerprint: str) -> None:
+def write_adapter_identity(adapter: Path, base: str | Path, folder: ModelFolder, base_fingerprint: str) -> None:
     """Write beside an adapter what weights it was trained on (`folder`), and where they are found (`base`)."""
     plan = (read_identity(folder) or {}).get("plan_hash")
     write_identity(adapter, base_fingerprint=base_fingerprint, plan_hash=plan)
     local = Path(base).exists()
-    write_json(adapter / BASE_FILE, {"base": str(folder.resolve()) if local else str(base)})
+    write_json(adapter / BASE_FILE, {"base": str(folder.path.resolve()) if local else str(base)})
     # peft wrote where the base lay
     config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     write_json(adapter / ADAPTER_CONFIG, {**config, "base_model_name_or_path": None if local else str(base)})

@@ -8,31 +8,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..checkpoint import stored_dtype
+from ..checkpoint import ModelFolder
 from ..configuration import Settings
 from ..errors import UsageError, unknown
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 #: above so many parameters activations are recomputed instead of kept
 _LARGE = 1_000_000_000
 
 
-def training_dtype(config: PreTrainedConfig, settings: Settings) -> torch.dtype:
+def training_dtype(folder: ModelFolder, settings: Settings) -> torch.dtype:
     """What the weights are held in while they train.
 
     All weights need float32: an update is smaller than a half-precision weight can show. A frozen base stays as it
     is, but for float16, whose activations overflow without loss scaling.
     """
-    return torch.float32 if settings.method == "full" else computable_dtype(config)
+    return torch.float32 if settings.method == "full" else computable_dtype(folder)
 
 
-def computable_dtype(config: PreTrainedConfig) -> torch.dtype:
+def computable_dtype(folder: ModelFolder) -> torch.dtype:
     """The dtype on disk, float32 for float16."""
-    stored = stored_dtype(config)
-    return torch.float32 if stored == torch.float16 else stored
+    return torch.float32 if folder.dtype == torch.float16 else folder.dtype
 
 
 def autocast_bf16() -> bool:

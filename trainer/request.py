@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ..checkpoint import check_weight_files, load_config, local_folder
+from ..checkpoint import ModelFolder, resolve_model
 from ..configuration import PRESET_DATA, Settings, resolve
 from ..data import text_paths
 from ..errors import UsageError, unknown
@@ -71,7 +71,7 @@ class Request:
 
 
 def make_request(
-    model: str | Path,
+    model: str | Path | ModelFolder,
     data: Sequence[str],
     output: str | Path,
     *,
@@ -90,15 +90,17 @@ def make_request(
     sources = tuple([data] if isinstance(data, str) else data) or PRESET_DATA.get(preset, ())
     if not sources:
         raise UsageError("no training text was named: pass --data NAME_OR_FILE")
-    folder = local_folder(model)
-    config = load_config(folder)
-    check_weight_files(folder)
+    folder = resolve_model(model)
+    config = folder.config
+    folder.check_weights()
     limit = getattr(config, "max_position_embeddings", None)
     seq_len = settings.seq_len or min(_SEQ_LEN, limit or _SEQ_LEN)
     if limit is not None and seq_len > limit:
         raise UsageError(f"seq_len={seq_len} is longer than the {limit} positions of {folder}: lower --seq-len")
+    models = [folder]
     if teacher is not None:
-        vocabulary = load_config(local_folder(teacher)).vocab_size
+        models.append(resolve_model(teacher))
+        vocabulary = models[-1].config.vocab_size
         if vocabulary != config.vocab_size:
             raise UsageError(
                 f"the teacher {teacher} has a vocabulary of {vocabulary}, {folder} one of {config.vocab_size}: "
@@ -122,7 +124,6 @@ def make_request(
         overwrite=overwrite,
         resume=resume,
     )
-    models = [folder] if teacher is None else [folder, local_folder(teacher)]
     for replaced in (request.output, request.work):
         refuse_lost(replaced, [*models, *text_paths((*sources, *evaluation))])
     return request

@@ -20,12 +20,9 @@ from safetensors import SafetensorError
 from ..checkpoint import (
     IDENTITY_FILE,
     LOG_FILE,
+    ModelFolder,
     fingerprint,
-    load_config,
-    load_model,
-    load_tokenizer,
-    local_folder,
-    stored_dtype,
+    resolve_model,
     write_checkpoint,
 )
 from ..configuration import Settings
@@ -64,9 +61,8 @@ def _train(request: Request, held: ExitStack) -> Path:
     from accelerate import PartialState
 
     state = PartialState(cpu=not has_accelerator())
-    folder = local_folder(request.model)
-    tokenizer = load_tokenizer(folder)
-    data = load_data(tokenizer, request.data, request.settings, seed=request.seed, evaluation=request.evaluation)
+    folder = resolve_model(request.model)
+    data = load_data(folder.tokenizer, request.data, request.settings, seed=request.seed, evaluation=request.evaluation)
     steps = plan_steps(request, len(data.train), state.num_processes)
     base = fingerprint(folder) if state.is_main_process else ""
     if state.is_main_process:
@@ -82,7 +78,7 @@ def _train(request: Request, held: ExitStack) -> Path:
             write_adapter_identity(checkpoint, request.model, folder, base)
 
     with within(state.device, _smaller(request)):
-        trainer = _make_trainer(request, folder, tokenizer, data, steps, finish, last is not None)
+        trainer = _make_trainer(request, folder, data, steps, finish, last is not None)
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         seconds = time.monotonic() - started
@@ -125,8 +121,7 @@ def has_accelerator() -> bool:
 
 def _make_trainer(
     request: Request,
-    folder: Path,
-    tokenizer: Any,
+    folder: ModelFolder,
     data: TrainingData,
     steps: Steps,
     finish: Callable[[Path], None],
@@ -137,7 +132,7 @@ def _make_trainer(
     settings = request.settings
     # before the adapter is drawn
     set_seed(request.seed)
-    model: Any = load_model(folder, training_dtype(load_config(folder), settings), **_placement(request))
+    model: Any = folder.load(training_dtype(folder, settings), **_placement(request))
     recompute = recompute_activations(model, settings)
     adapter = lora_config(model, settings) if settings.method == "lora" else None
     dense = None
@@ -150,7 +145,7 @@ def _make_trainer(
         args=_arguments(request, data, steps, recompute),
         train_dataset=data.train.select(range(steps.per_epoch * steps.rows_per_step)),
         eval_dataset=data.held_out,
-        processing_class=tokenizer,
+        processing_class=folder.tokenizer,
         peft_config=adapter,
         callbacks=[EarlyStoppingCallback(patience)] if patience is not None and data.held_out else [],
         weight=settings.distillation,
@@ -226,9 +221,9 @@ def _placement(request: Request) -> dict[str, Any]:
 def _dense_model(teacher: str) -> PreTrainedModel:
     from accelerate import PartialState
 
-    folder = local_folder(teacher)
-    dtype = torch.bfloat16 if autocast_bf16() else computable_dtype(load_config(folder))
-    return load_model(folder, dtype, PartialState().device)
+    folder = resolve_model(teacher)
+    dtype = torch.bfloat16 if autocast_bf16() else computable_dtype(folder)
+    return folder.load(dtype, PartialState().device)
 
 
 def _teacher(
@@ -309,7 +304,7 @@ def _evaluated_last(trainer: RecoveryTrainer) -> bool:
     return bool(steps) and steps[-1] == trainer.state.global_step
 
 
-def _write_output(request: Request, folder: Path, trained: Path, log: dict[str, Any]) -> None:
+def _write_output(request: Request, folder: ModelFolder, trained: Path, log: dict[str, Any]) -> None:
     """Write `request.output` in one step, then remove what the training left."""
     adapter = request.settings.method == "lora"
     # the trainer's pickled arguments name local paths
@@ -317,7 +312,7 @@ def _write_output(request: Request, folder: Path, trained: Path, log: dict[str, 
     if adapter:
         model = merged(trained, folder)
     else:
-        model = load_model(trained, stored_dtype(load_config(folder)))
+        model = ModelFolder(trained).load(folder.dtype)
     with new_folder(request.output, request.overwrite) as scratch:
         write_checkpoint(model, folder, scratch)
         write_json(scratch / LOG_FILE, log)

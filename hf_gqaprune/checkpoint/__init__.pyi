@@ -1,3 +1,4 @@
+from .folder import FLOATS as FLOATS
 from .folder import ModelFolder as ModelFolder
 from .folder import resolve_model as resolve_model
 from .identity import IDENTITY_FILE as IDENTITY_FILE
@@ -6,13 +7,6 @@ from .identity import fingerprint as fingerprint
 from .identity import fingerprint_of_digests as fingerprint_of_digests
 from .identity import read_identity as read_identity
 from .identity import write_identity as write_identity
-from .loading import check_weight_files as check_weight_files
-from .loading import load_config as load_config
-from .loading import load_model as load_model
-from .loading import load_to_run as load_to_run
-from .loading import load_tokenizer as load_tokenizer
-from .loading import local_folder as local_folder
-from .loading import stored_dtype as stored_dtype
 from .provenance import LOG_FILE as LOG_FILE
 from .provenance import named as named
 from .provenance import refuse_overlap as refuse_overlap
@@ -20,7 +14,6 @@ from .provenance import seen as seen
 from .provenance import training as training
 from .reader import INDEX as INDEX
 from .reader import Checkpoint as Checkpoint
-from .reader import model_state as model_state
 from .saving import CARRIED_FILES as CARRIED_FILES
 from .saving import write_checkpoint as write_checkpoint
 from .writer import ShardWriter as ShardWriter

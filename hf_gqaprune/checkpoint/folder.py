@@ -115,7 +115,9 @@ class ModelFolder:
         # transformers initializes missing weights at random
         if missing := sorted(info["missing_keys"]):
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise UsageError(f"{self}: config.json asks for {missing[0]}{more}, which is not there: fetch the whole checkpoint")
+            raise UsageError(
+                f"{self}: config.json asks for {missing[0]}{more}, which is not there: fetch the whole checkpoint"
+            )
         return model
 
 

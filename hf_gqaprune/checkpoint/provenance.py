@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,14 @@ def named(sources: Iterable[Mapping[str, Any]]) -> str:
     return ", ".join(f"{source['name']} ({source['split']})" for source in sources)
 
 
-def seen(folder: Path) -> list[dict[str, Any]]:
+def seen(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Every text that a checkpoint was calibrated or trained on, as far as its folder tells: `name`, `split`, `sha256`."""
     return [*(read_identity(folder) or {}).get("calibration", []), *(training(folder) or {}).get("data", [])]
 
 
-def training(folder: Path) -> dict[str, Any] | None:
+def training(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The log of the recovery that made a checkpoint, None without one; [`UsageError`] where it is unreadable."""
-    path = folder / LOG_FILE
+    path = Path(folder) / LOG_FILE
     if not path.is_file():
         return None
     try:

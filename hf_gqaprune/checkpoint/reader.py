@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from ..errors import UsageError, WorkError
-from ..utils import sha256
 from .identity import Digest, digest, memory_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -253,11 +252,3 @@ def _read(file: int, stored: StoredTensor, target: memoryview, position: int) ->
         if not count:
             raise WorkError(f"{stored.file} became shorter while it was read: {stored.name} is incomplete")
         target, position = target[count:], position + count
-
-
-def model_state(folder: Path, checkpoint: Checkpoint) -> str:
-    """Changes with the files of a checkpoint."""
-    # times instead of contents: reading all weights once more would cost as much as the work
-    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
-    layout = [(t.name, t.file.name, str(t.dtype), t.shape, t.start) for t in checkpoint.tensors.values()]
-    return sha256((states, layout, (folder / "config.json").read_bytes()))

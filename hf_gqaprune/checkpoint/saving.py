@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,14 +20,14 @@ CARRIED_FILES = (
 )
 
 
-def write_checkpoint(model: PreTrainedModel, base: Path, output: Path, **known: object) -> None:
+def write_checkpoint(model: PreTrainedModel, base: str | os.PathLike[str], output: Path, **known: object) -> None:
     """Save `model` to `output` with everything of `base` that is not weights, and its own `gqaprune.json`.
 
     `known` goes into `gqaprune.json` beside the fingerprint, over what `base` says of itself there.
     """
     model.save_pretrained(output)
     for pattern in CARRIED_FILES:
-        for path in base.glob(pattern):
+        for path in Path(base).glob(pattern):
             target = output / path.relative_to(base)
             # what the model wrote about itself is newer
             if not target.exists():

@@ -88,7 +88,7 @@ def merge(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Perplexities and tasks of one or several checkpoints, and the report that compares them."""
-    from ..checkpoint import local_folder
+    from ..checkpoint import resolve_model
     from ..data import load_text
     from ..evaluation import REPORT, Measurement, compared, measure, task_manager, write_report
     from ..utils import choose
@@ -100,7 +100,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.overwrite and not args.report:
         raise UsageError("--overwrite is for the report: add --report, or leave it out")
     texts = tuple(load_text(name, split="test") for name in args.data)
-    folders = {name: local_folder(name) for name in args.models}
+    folders = {name: resolve_model(name) for name in args.models}
     stages = compared(folders, texts, args.overwrite) if args.report else {}
     if tasks:
         task_manager(tasks, args.include_path)
@@ -130,7 +130,7 @@ def evaluate(args: argparse.Namespace) -> None:
         }
         print(json.dumps(plain, indent=2))
     if stages:
-        dense, last = args.models[0], folders[args.models[-1]]
+        dense, last = args.models[0], folders[args.models[-1]].path
         # the name, not where somebody keeps it
         model = Path(dense).resolve().name if Path(dense).exists() else dense
         report = write_report(model, stages, found.values(), last)

@@ -10,10 +10,7 @@ from typing import Any
 
 from ..checkpoint import (
     LOG_FILE,
-    check_weight_files,
-    load_config,
-    load_to_run,
-    load_tokenizer,
+    ModelFolder,
     read_identity,
     refuse_overlap,
     seen,
@@ -60,7 +57,7 @@ class Measured:
     tasks: dict[str, dict[str, float]] | None
 
 
-def measure(folders: Mapping[str, Path], what: Measurement, way_out: str) -> Iterator[tuple[str, Measured]]:
+def measure(folders: Mapping[str, ModelFolder], what: Measurement, way_out: str) -> Iterator[tuple[str, Measured]]:
     """Measure checkpoints one after the other, `{name: folder}`; each one's name and results as soon as they are there.
 
     Raises:
@@ -68,19 +65,19 @@ def measure(folders: Mapping[str, Path], what: Measurement, way_out: str) -> Ite
             models cannot run, and tokenizers that make other tokens of a text.
         WorkError: the memory of a GPU is full, one line that ends in `way_out`; as `evaluate_perplexity`.
     """
-    configs = [load_config(folder) for folder in folders.values()]
+    configs = [folder.config for folder in folders.values()]
     seq_len = what.seq_len or min(window(config, None, None)[0] for config in configs)
     for config in configs:
         window(config, seq_len, what.stride)
     for folder in folders.values():
-        check_weight_files(folder)
-    tokenizers = {name: load_tokenizer(folder) for name, folder in folders.items()}
+        folder.check_weights()
+    tokenizers = {name: folder.tokenizer for name, folder in folders.items()}
     texts = [replace(text, content=text.content[: what.max_chars]) for text in what.texts]
     _check_tokens(tokenizers, texts)
     device = choose(what.device)
     for name, folder in folders.items():
         with within(device, way_out):
-            model = load_to_run(folder, what.device)
+            model = folder.load(device=what.device)
             results = tuple(
                 evaluate_perplexity(
                     model, tokenizers[name], text, seq_len=seq_len, stride=what.stride, drop_tail=what.drop_tail
@@ -122,7 +119,7 @@ def refuse_seen(texts: Iterable[Text], used: Iterable[Mapping[str, Any]]) -> Non
     refuse_overlap(used, [{"name": text.name, "split": text.split, "sha256": text.sha256} for text in texts])
 
 
-def compared(folders: Mapping[str, Path], texts: Iterable[Text], overwrite: bool) -> dict[str, Path]:
+def compared(folders: Mapping[str, ModelFolder], texts: Iterable[Text], overwrite: bool) -> dict[str, ModelFolder]:
     """The checkpoints that the last one's report will compare, `{stage: folder}`.
 
     Args:
@@ -137,15 +134,15 @@ def compared(folders: Mapping[str, Path], texts: Iterable[Text], overwrite: bool
     if not 2 <= len(folders) <= 3:
         raise UsageError("a report compares DENSE PRUNED or DENSE PRUNED RECOVERED: name two or three checkpoints")
     names, places = list(folders), list(folders.values())
-    last = places[-1]
+    last = places[-1].path
     if not Path(names[-1]).is_dir():
         raise UsageError(f"{names[-1]} is no folder here, and its report is written into it: give a folder")
     for name, folder in list(folders.items())[1:]:
-        if not (folder / PLAN_FILE).is_file():
+        if not (folder.path / PLAN_FILE).is_file():
             raise UsageError(f"{name} has no {PLAN_FILE}: a report compares DENSE PRUNED [RECOVERED], in this order")
-    trained = [(folder / LOG_FILE).is_file() for folder in places]
+    trained = [(folder.path / LOG_FILE).is_file() for folder in places]
     if len(places) == 3:
-        hashes = [PruningPlan.load(folder / PLAN_FILE).hash() for folder in places[1:]]
+        hashes = [PruningPlan.load(folder.path / PLAN_FILE).hash() for folder in places[1:]]
         if hashes[0] != hashes[1]:
             raise UsageError(f"{names[1]} and {names[2]} were pruned by different plans: name what one was made of the other")
         if trained[1] and not trained[2]:
@@ -159,7 +156,7 @@ def compared(folders: Mapping[str, Path], texts: Iterable[Text], overwrite: bool
     return dict(zip(stages, places, strict=True))
 
 
-def write_report(model: str, stages: Mapping[str, Path], measured: Iterable[Measured], target: Path) -> Report:
+def write_report(model: str, stages: Mapping[str, ModelFolder], measured: Iterable[Measured], target: Path) -> Report:
     """Write the report and its picture into `target`, over those that are there.
 
     Args:
@@ -167,7 +164,7 @@ def write_report(model: str, stages: Mapping[str, Path], measured: Iterable[Meas
         stages: `{stage: folder}`; the last one's files tell plan, calibration text and seed.
         measured: of each, in the same order.
     """
-    last = list(stages.values())[-1]
+    last = list(stages.values())[-1].path
     log, known = training(last), read_identity(last) or {}
     made = tuple(
         Stage(

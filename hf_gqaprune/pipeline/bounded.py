@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from ..checkpoint import load_config
 from ..models import ModelShape
 from ..plan import PruningPlan
 from ..selection import Demand, make_plan
@@ -115,7 +114,7 @@ def _check_room(prepared: Prepared, target: Path) -> None:
     Said before hours of measuring; what is looked at alone is checked again by those who write it.
     """
     request, measured_now = prepared.request, prepared.statistics is None
-    layers = Layers(prepared.folder, load_config(prepared.folder))
+    layers = Layers(prepared.folder)
     source, dtype, rule = ModelShape.from_config(layers.config), layers.dtype, CRITERIA[prepared.measured]
     left = source.cost.parameters
     if prepared.plan is not None:
@@ -152,8 +151,7 @@ def _bounded(prepared: Prepared) -> AbstractContextManager[None]:
 def _streamed(prepared: Prepared, working: Path, *, overwrite: bool, resume: bool) -> Iterator[Statistics]:
     """Measure into `working`, or take what an interrupted call has measured there; until the block ends it is this call's."""
     folder, seed, device = prepared.folder, prepared.request.seed, prepared.device
-    checkpoint = Layers(folder, load_config(folder)).checkpoint
-    inputs = made_from(folder, checkpoint, prepared.calibration, prepared.measured, seed, device)
+    inputs = made_from(folder, prepared.calibration, prepared.measured, seed, device)
     done = working / "statistics"
     with begun(working, resume, overwrite, inputs) as noted:
         write_json(working / PROGRESS, noted)

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoint import fingerprint, load_model, write_checkpoint
+from ..checkpoint import fingerprint, write_checkpoint
 from ..data import text_paths
 from ..errors import UsageError
 from ..plan import PruningPlan
 from ..selection import MEASURING, load_for_planning, make_plan, measure_layers
 from ..statistics import Statistics, collect_statistics
 from ..surgery import prune
-from ..utils import AUTO, CPU, distributed, new_folder, refuse_existing, refuse_lost, within
+from ..utils import AUTO, distributed, new_folder, refuse_existing, refuse_lost, within
 from .bounded import drop_unfinished, measured, prune_bounded
 from .request import Prepared, PruneRequest, prepare, record
 
@@ -48,9 +48,7 @@ def decide(prepared: Prepared, model: PreTrainedModel) -> tuple[PruningPlan, Sta
 
 def _loaded(prepared: Prepared) -> PreTrainedModel:
     """The model with its weights, where the request wants it."""
-    if prepared.request.device == AUTO and prepared.device != CPU:
-        return load_model(prepared.folder, device_map="auto")
-    return load_model(prepared.folder, device=prepared.device)
+    return prepared.folder.load(device=AUTO if prepared.request.device == AUTO else prepared.device)
 
 
 def plan_model(

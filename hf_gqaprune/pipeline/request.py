@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint import load_config, load_tokenizer, local_folder, read_identity
+from ..checkpoint import ModelFolder, read_identity, resolve_model
 from ..data import Calibration, draw, drawing, texts_of
 from ..errors import UsageError, unknown
 from ..models import ModelShape
@@ -83,7 +82,7 @@ class Prepared:
 
     request: PruneRequest
     device: torch.device
-    folder: Path
+    folder: ModelFolder
     criterion: str
     plan: PruningPlan | None
     statistics: Statistics | None
@@ -122,12 +121,12 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
         raise unknown("compensation", request.fitting, COMPENSATIONS)
     if request.memory is not None:
         _check_streamable(request)
-    folder = local_folder(request.model)
-    config = load_config(folder)
+    folder = resolve_model(request.model)
+    config = folder.config
     shape = ModelShape.from_config(config)
     scored = request.allocation in ("layer_importance", "search") and request.plan is None
     read = not (planning_only and criterion == "random") or scored
-    layers = Layers(folder, config) if read else None
+    layers = Layers(folder) if read else None
     plan = None
     if request.plan is not None:
         plan = PruningPlan.load(request.plan)
@@ -144,7 +143,7 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
     tokenizer, texts = None, []
     if drawn:
         samples, seq_len = request.samples, _seq_len(request, config)
-        tokenizer = load_tokenizer(folder)
+        tokenizer = folder.tokenizer
         texts = texts_of(request.calibration or ("wikitext2",))
     now = CRITERIA[criterion if plan is None else FOR_REFITTING]
     rule = now if statistics is None and (plan is None or refit) else None

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .. import hub
-from ..checkpoint import Checkpoint, load_config, load_tokenizer, model_state, seen
+from ..checkpoint import ModelFolder, seen
 from ..configuration import Recipe, RecoverRecipe
 from ..data import Text, load_text
 from ..errors import UsageError, WorkError
@@ -71,7 +71,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> str
     texts = _check_evaluation(recipe, prepared)
     trained = _check_recovery(recipe, prepared)
     base = {
-        "model": (recipe.model, model_state(prepared.folder, Checkpoint(prepared.folder))),
+        "model": (recipe.model, prepared.folder.stat_hash),
         "seed": recipe.seed,
         "calibration": (recipe.calibration, calibrated_on(prepared), _ids(prepared)),
         "prune": recipe.prune,
@@ -167,7 +167,7 @@ def _request(recipe: Recipe) -> PruneRequest:
 def _check_evaluation(recipe: Recipe, prepared: Prepared) -> tuple[Text, ...]:
     """Load what will be evaluated on, and refuse what calibration has seen."""
     evaluate = recipe.evaluate
-    window(load_config(prepared.folder), evaluate.seq_len, evaluate.stride)
+    window(prepared.folder.config, evaluate.seq_len, evaluate.stride)
     texts = tuple(load_text(name, split="test") for name in evaluate.data)
     refuse_same_names(texts)
     refuse_seen(texts, [*seen(prepared.folder), *calibrated_on(prepared)])
@@ -189,7 +189,7 @@ def _check_recovery(recipe: Recipe, prepared: Prepared) -> list[dict[str, Any]]:
     if request.settings.streaming:
         return []
     return load_data(
-        load_tokenizer(prepared.folder), request.data, request.settings, seed=request.seed, evaluation=request.evaluation
+        prepared.folder.tokenizer, request.data, request.settings, seed=request.seed, evaluation=request.evaluation
     ).record()
 
 
@@ -220,9 +220,9 @@ def _recover(folder: Path, arguments: dict[str, Any], again: bool) -> None:
 
 def _report(recipe: Recipe, folder: Path, prepared: Prepared, final: str, texts: tuple[Text, ...]) -> None:
     evaluate = recipe.evaluate
-    stages = {"dense": prepared.folder, "pruned": folder / PRUNED}
+    stages = {"dense": prepared.folder, "pruned": ModelFolder(folder / PRUNED)}
     if final == RECOVERED:
-        stages["recovered"] = folder / RECOVERED
+        stages["recovered"] = ModelFolder(folder / RECOVERED)
     what = Measurement(
         texts=texts,
         seq_len=evaluate.seq_len,

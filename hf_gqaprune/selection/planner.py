@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import load_config, load_model, local_folder
+from ..checkpoint import ModelFolder, resolve_model
 from ..errors import UsageError, unknown
 from ..models import Key, ModelShape, skeleton
 from ..plan import LayerPlan, PruningPlan
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def make_plan(
     statistics: Statistics | None = None,
     *,
-    model: PreTrainedModel | str | os.PathLike[str] | None = None,
+    model: PreTrainedModel | ModelFolder | str | os.PathLike[str] | None = None,
     ratio: float | None = None,
     backbone_ratio: float | None = None,
     rates: Sequence[float] | None = None,
@@ -154,7 +154,7 @@ def _uncalibrated(model: Any, criterion: str | None, seed: int) -> Statistics:
     return collect_statistics(model, None, criterion=name, moments=False, seed=seed)
 
 
-def load_for_planning(path: str | os.PathLike[str], *, weights: bool = True) -> PreTrainedModel:
+def load_for_planning(model: str | os.PathLike[str] | ModelFolder, *, weights: bool = True) -> PreTrainedModel:
     """A model with its weights, or, where chance decides, on the meta device from its config alone."""
-    folder = local_folder(os.fspath(path))
-    return load_model(folder) if weights else skeleton(load_config(folder))
+    folder = resolve_model(model)
+    return folder.load() if weights else skeleton(folder.config)

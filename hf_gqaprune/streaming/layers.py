@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import FLOATS, Checkpoint, ModelFolder
 from ..errors import UsageError
 from ..models import Surroundings, check_finite, expected_tensors, layer_prefix, placed, skeleton
 from ..utils import CPU, ReadAhead, trim
@@ -19,38 +18,36 @@ from ..utils import CPU, ReadAhead, trim
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
 class Layers:
     """The parts of a Llama or pruned Llama checkpoint, each in memory only while it is used; a context manager.
 
     Attributes:
-        checkpoint: the tensors on disk.
+        folder: of the checkpoint.
         config: of the model.
-        dtype: what weights are loaded as, the same as `from_pretrained(dtype="auto")`.
+        checkpoint: reader of the tensors on disk.
+        dtype: of the loaded weights, see `ModelFolder.dtype`.
         stored_itemsize: bytes of a weight on disk, of the widest.
         device: where they are used.
     """
 
-    def __init__(self, folder: Path, config: Any, device: torch.device = CPU) -> None:
-        """Check that `folder` holds what `config` asks for; no weight is read.
+    def __init__(self, folder: ModelFolder, device: torch.device = CPU) -> None:
+        """Check that `folder` holds the tensors its config asks for; only headers are read.
 
         Raises:
             UsageError: quantized weights, no whole safetensors checkpoint, tensors that are missing or of other shapes.
         """
+        config: Any = folder.config
         if getattr(config, "quantization_config", None) is not None:
             raise UsageError(
                 f"{folder} is quantized, and cutting needs the plain weights: give the checkpoint it was made from"
             )
-        self.config, self.device = config, device
-        self.checkpoint = Checkpoint(folder)
+        self.folder, self.config, self.device = folder, config, device
+        self.checkpoint = folder.tensors
         self._skeleton = skeleton(config)
         _check_tensors(folder, self.checkpoint, self._skeleton)
         floats = [stored for stored in self.checkpoint.tensors.values() if stored.dtype in FLOATS]
         self.stored_itemsize = max(stored.dtype.itemsize for stored in floats)
-        # what the config says, else what the first by file and name is
-        self.dtype: torch.dtype = config.dtype or min(floats, key=lambda stored: (stored.file, stored.name)).dtype
+        self.dtype = folder.dtype
         self._stack = ExitStack()
 
     def __enter__(self) -> Layers:
@@ -109,7 +106,7 @@ class Layers:
         return Surroundings(self.config, type(rotary)(config=rotary.config).to(self.device), seq_len, self.dtype)
 
 
-def _check_tensors(folder: Path, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+def _check_tensors(folder: ModelFolder, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     """Raise [`UsageError`] unless the checkpoint holds what its config asks for."""
     for name, tensor in expected_tensors(model).items():
         stored = checkpoint.tensors.get(name)

@@ -17,13 +17,12 @@ from ..checkpoint import (
     CARRIED_FILES,
     INDEX,
     Checkpoint,
+    ModelFolder,
     ShardWriter,
     fingerprint,
     fingerprint_of_digests,
-    load_config,
-    local_folder,
-    model_state,
     read_identity,
+    resolve_model,
     write_identity,
 )
 from ..dependency_graph import UnitSlices, trace_units
@@ -55,7 +54,7 @@ from .refit import Refit, streams_room
 
 
 def prune_checkpoint(
-    model: str | os.PathLike[str],
+    model: str | os.PathLike[str] | ModelFolder,
     plan: PruningPlan,
     output: str | os.PathLike[str],
     statistics: Statistics | None = None,
@@ -108,26 +107,25 @@ def prune_checkpoint(
         raise UsageError("compensation bias needs the model in memory: use prune, or compensation least_squares or none")
     check_compensation(compensation, plan, statistics)
     target = refuse_existing(output, overwrite)
-    folder = local_folder(os.fspath(model))
+    folder = resolve_model(model)
     refuse_lost(target, [folder, *([statistics.folder] if statistics and statistics.folder else [])])
-    config = load_config(folder)
-    plan.check_model(config)
-    layers = Layers(folder, config, device)
+    plan.check_model(folder.config)
+    layers = Layers(folder, device)
     checkpoint = layers.checkpoint
-    pruned = _pruned_skeleton(folder, config, plan, layers.dtype)
+    pruned = _pruned_skeleton(folder, plan)
     working = working_folder(target)
     writer = ShardWriter(working, expected_tensors(pruned), max_shard_size, pruned.num_parameters())
     refitted = statistics if compensation == "least_squares" else None
     inputs = {
         "plan": plan.hash(),
-        "model": model_state(folder, checkpoint),
+        "model": folder.stat_hash,
         "max_shard_size": sha256(sorted(writer.files.items())),
         "compensation": compensation,
         "statistics": sha256(refitted and refitted.identity()),
         "device": sha256(refitted and device.type),
     }
     walked = refitted.calibration if refitted else None
-    streams = 0 if walked is None else streams_room(walked.tokens, config.hidden_size, layers.dtype, holds(device, spare))
+    streams = 0 if walked is None else streams_room(walked.tokens, plan.source.hidden_size, layers.dtype, holds(device, spare))
     with begun(working, resume, overwrite, inputs, ("read", "written")) as noted, resumable(working):
         check_room(working, sum(writer.files.values()) + streams, "the pruned weights")
         write_json(working / PROGRESS, noted)
@@ -138,7 +136,7 @@ def prune_checkpoint(
             steps = _steps(plan, checkpoint, writer)
             _stream(_Surgery(checkpoint, writer, plan, layers.dtype, steps, refit), working / PROGRESS, noted)
             writer.sync()
-        _write_around(pruned, folder, whole, checkpoint, writer, known or {})
+        _write_around(pruned, folder.path, whole, checkpoint, writer, known or {})
         for name in writer.files:
             os.rename(working / name, whole / name)
         # another may have come by now
@@ -280,24 +278,24 @@ def _resume(checkpoint: Checkpoint, writer: ShardWriter, noted: dict[str, Any]) 
             writer.holds(name, digest)
 
 
-def _pruned_skeleton(folder: Path, config: Any, plan: PruningPlan, dtype: torch.dtype) -> PrunedLlamaForCausalLM:
+def _pruned_skeleton(folder: ModelFolder, plan: PruningPlan) -> PrunedLlamaForCausalLM:
     """The pruned model without weights, with what `prune` would give it of `folder`."""
     from transformers import GenerationConfig
 
     with torch.device("meta"):
-        pruned = PrunedLlamaForCausalLM(pruned_config(config, plan)).to(dtype)
+        pruned = PrunedLlamaForCausalLM(pruned_config(folder.config, plan)).to(folder.dtype)
     pruned.tie_weights()
-    path = folder / PLAN_FILE
+    path = folder.path / PLAN_FILE
     whole = plan
-    if config.model_type == pruned.config.model_type and path.exists():
+    if folder.config.model_type == pruned.config.model_type and path.exists():
         whole = PruningPlan.load(path).compose(plan)
     pruned.prune_plan = whole.to_dict()
     try:
-        pruned.generation_config = GenerationConfig.from_pretrained(folder)
+        pruned.generation_config = GenerationConfig.from_pretrained(folder.path)
     except OSError:
         # from_pretrained of a model without that file does the same
         pruned.generation_config = GenerationConfig.from_pretrained(
-            folder, config_file_name="config.json", _from_model_config=True
+            folder.path, config_file_name="config.json", _from_model_config=True
         )
     return pruned
 

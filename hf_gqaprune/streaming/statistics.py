@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..checkpoint import Checkpoint, load_config, local_folder, model_state
+from ..checkpoint import ModelFolder, resolve_model
 from ..data import Calibration, layer_batches
 from ..dependency_graph import trace_units
 from ..errors import UsageError, WorkError, unknown
@@ -59,7 +59,7 @@ _AHEAD = 5
 
 
 def stream_statistics(
-    model: str | os.PathLike[str],
+    model: str | os.PathLike[str] | ModelFolder,
     calibration: Calibration | None,
     output: str | os.PathLike[str],
     *,
@@ -100,20 +100,20 @@ def stream_statistics(
     if criterion not in CRITERIA:
         raise unknown("criterion", criterion, CRITERIA)
     target = refuse_existing(output, overwrite)
-    folder = local_folder(os.fspath(model))
+    folder = resolve_model(model)
     refuse_lost(target, [folder])
-    config = load_config(folder)
+    config = folder.config
     source = ModelShape.from_config(config)
     if calibration is None and CRITERIA[criterion].calibrated:
         raise UsageError(f"criterion {criterion} needs calibration windows")
     if calibration is not None and calibration.ids.shape[1] > config.max_position_embeddings:
         limit = config.max_position_embeddings
         raise UsageError(f"windows of {calibration.ids.shape[1]} tokens are longer than the {limit} positions of {folder}")
-    layers = Layers(folder, config, device)
+    layers = Layers(folder, device)
     if calibration is not None:
         check_tokens(calibration, source)
     working = working_folder(target)
-    made = made_from(folder, layers.checkpoint, calibration, criterion, seed, device)
+    made = made_from(folder, calibration, criterion, seed, device)
     needed = statistics_room(source, layers.dtype, calibration, CRITERIA[criterion], holds(device, spare))
     with begun(working, resume, overwrite, made) as noted, resumable(working):
         check_room(working, needed, "the statistics and activations")
@@ -156,16 +156,11 @@ def statistics_room(
 
 
 def made_from(
-    folder: Path,
-    checkpoint: Checkpoint,
-    calibration: Calibration | None,
-    criterion: str,
-    seed: int,
-    device: torch.device,
+    folder: ModelFolder, calibration: Calibration | None, criterion: str, seed: int, device: torch.device
 ) -> dict[str, str]:
     """What the statistics of a model depend on, as `unfinished.begun` compares it."""
     return {
-        "model": model_state(folder, checkpoint),
+        "model": folder.stat_hash,
         "calibration": sha256(calibration and calibration.ids.tolist()),
         "criterion": f"{criterion} {seed}",
         "device": device.type,

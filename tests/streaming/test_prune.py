@@ -23,9 +23,8 @@ from support.tiny import tiny_config, tiny_llama, token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from hf_gqaprune import PrunedLlamaForCausalLM, PruningPlan, UsageError, WorkError, prune, prune_checkpoint
-from hf_gqaprune.checkpoint import identity
+from hf_gqaprune.checkpoint import identity, resolve_model
 from hf_gqaprune.checkpoint import reader as shards
-from hf_gqaprune.checkpoint.loading import load_config, load_model
 from hf_gqaprune.checkpoint.reader import INDEX, WEIGHTS
 from hf_gqaprune.checkpoint.saving import write_checkpoint
 from hf_gqaprune.models.shapes import ModelShape
@@ -55,7 +54,7 @@ def plan_for(model: PreTrainedModel, seed: int = 0, skip: tuple[tuple[int, str],
 
 def in_memory(folder: Path, plan: PruningPlan, output: Path, max_shard_size: int | str = "50GB") -> dict[str, bytes]:
     """The files that loading, pruning and saving give."""
-    pruned = prune(load_model(folder), plan, compensation="none")
+    pruned = prune(resolve_model(folder).load(), plan, compensation="none")
     whole = PruningPlan.from_dict(pruned.prune_plan)
     pruned.save_pretrained(output, max_shard_size=max_shard_size)
     weights = contents(output)
@@ -446,7 +445,7 @@ def test_too_little_room_is_told_before_any_work(tmp_path: Path) -> None:
     with (dense / WEIGHTS).open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         stream.truncate(8 + len(text) + offset)
-    source = ModelShape.from_config(load_config(dense))
+    source = ModelShape.from_config(resolve_model(dense).config)
     with pytest.raises(UsageError, match=r"the pruned weights need \d+\.\d\d GB more, and .* has \d+\.\d\d GB left: make room"):
         prune_checkpoint(dense, thinned(source), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]

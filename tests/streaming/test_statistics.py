@@ -28,7 +28,7 @@ from hf_gqaprune import (
     prune_checkpoint,
     stream_statistics,
 )
-from hf_gqaprune.checkpoint.loading import load_config, load_model
+from hf_gqaprune.checkpoint import resolve_model
 from hf_gqaprune.models.losses import loss_gradient
 from hf_gqaprune.models.shapes import ModelShape
 from hf_gqaprune.statistics.criteria import CRITERIA
@@ -53,7 +53,7 @@ def windows(count: int = 20) -> Calibration:
 def saved(folder: Path, dtype: torch.dtype = torch.float32, **shape: Any) -> Any:
     model = tiny_llama(**shape).to(dtype)
     model.save_pretrained(folder)
-    return load_model(folder)
+    return resolve_model(folder).load()
 
 
 def assert_same(ours: Statistics, theirs: Statistics) -> None:
@@ -113,7 +113,7 @@ def test_streamed_pruning_writes_the_weights_of_the_path_in_memory(tmp_path: Pat
     assert (tmp_path / "disk" / name).read_bytes() == (tmp_path / "memory" / name).read_bytes()
     # what was pruned is measured and pruned again, skipped blocks and all
     again = stream_statistics(tmp_path / "disk", windows(), tmp_path / "again")
-    pruned = load_model(tmp_path / "disk")
+    pruned = resolve_model(tmp_path / "disk").load()
     assert_same(again, collect_statistics(pruned, windows()))
     second = make_plan(again, backbone_ratio=0.2)
     prune(pruned, second, again, compensation="least_squares").save_pretrained(tmp_path / "memory2")
@@ -201,7 +201,7 @@ def test_killed_at_once_and_resumed(tmp_path: Path) -> None:
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     resumed = stream_statistics(tmp_path / "dense", windows(), tmp_path / "out", resume=True)
-    assert_same(resumed, collect_statistics(load_model(tmp_path / "dense"), windows()))
+    assert_same(resumed, collect_statistics(resolve_model(tmp_path / "dense").load(), windows()))
 
 
 def test_bad_requests_are_refused_before_any_work(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_room_is_asked_for_what_lies_on_the_disk_at_its_most(
 ) -> None:
     """Long windows make activations most of it, at the turn of the passes; short ones moments, at the end."""
     saved(tmp_path / "dense", layers=3, ffn=200)
-    source, rule = ModelShape.from_config(load_config(tmp_path / "dense")), CRITERIA[criterion]
+    source, rule = ModelShape.from_config(resolve_model(tmp_path / "dense").config), CRITERIA[criterion]
     held: list[int] = []
     real = Spill.commit
 

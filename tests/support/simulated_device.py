@@ -121,7 +121,7 @@ if not REAL:
 def compare(folder: Path) -> None:
     """Measure and prune the embedded model on the device and on the CPU, in memory and from the disk; say what is close."""
     import hf_gqaprune as gp
-    from hf_gqaprune.checkpoint.loading import load_model, load_tokenizer, local_folder
+    from hf_gqaprune.checkpoint import resolve_model
     from hf_gqaprune.linalg import obs as curvature
     from hf_gqaprune.linalg import symmetric as factors
     from hf_gqaprune.selection.layer_importance import measure_layers as measure
@@ -129,12 +129,12 @@ def compare(folder: Path) -> None:
 
     factors._BLOCK = factors._GPU_BLOCK = curvature._STRIP  # so that matrices have several blocks
     factors._STRIP = factors._GPU_STRIP = 128
-    tokenizer = load_tokenizer(local_folder("demo"))
+    tokenizer = resolve_model("demo").tokenizer
     windows = gp.Calibration.from_text(tokenizer, "demo", samples=16, seq_len=64)
     dense = folder / "dense"
 
     def everything(device: torch.device) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        model = load_model(dense).to(device)
+        model = resolve_model(dense).load().to(device)
         found = {criterion: gp.collect_statistics(model, windows, criterion=criterion) for criterion in CRITERIA}
         yield from ((criterion, measured(statistics)) for criterion, statistics in found.items())
         yield "layer importance", {"scores": torch.tensor(measure(model, windows))}
@@ -150,14 +150,14 @@ def compare(folder: Path) -> None:
         yield "streamed statistics", measured(streamed)
         target = folder / device.type
         gp.prune_checkpoint(dense, plan, target, streamed, compensation="least_squares", device=device)
-        yield "streamed", weights(load_model(target))
+        yield "streamed", weights(resolve_model(target).load())
         yield "resumed", measured(resumed(dense, windows, folder / f"{device.type}-resumed", device))
         for where, found in spilled(folder / "spilled", device):
             yield f"spilled to {where}", found
 
     # the CPU has an attention of its own, which rounds differently
     with nullcontext() if REAL else Simulated(), sdpa_kernel(SDPBackend.MATH):
-        model = load_model(local_folder("demo"), torch.float32)
+        model = resolve_model("demo").load(torch.float32)
         model.save_pretrained(dense)
         known = gp.collect_statistics(model, windows)
         plan, with_biases = (gp.make_plan(known, backbone_ratio=0.3, bias=bias) for bias in (False, True))
@@ -231,10 +231,10 @@ def spilled(folder: Path, device: torch.device) -> Iterator[tuple[str, dict[str,
 def over_two_devices(dense: Path, windows: Any, plan: Any) -> Iterator[tuple[str, Any, Any]]:
     """What is measured and pruned of a model whose last layers lie on the device, and of one on the CPU."""
     import hf_gqaprune as gp
-    from hf_gqaprune.checkpoint.loading import load_model
+    from hf_gqaprune.checkpoint import resolve_model
     from hf_gqaprune.utils.device import spread
 
-    whole, parted = load_model(dense), load_model(dense)
+    whole, parted = resolve_model(dense).load(), resolve_model(dense).load()
     layers = [f"model.layers.{index}" for index in range(len(parted.model.layers))]
     first = ["model.embed_tokens", "model.rotary_emb", *layers[: len(layers) // 2]]
     last = [*layers[len(layers) // 2 :], "model.norm", "lm_head"]
