@@ -17,7 +17,7 @@ from hf_gqaprune.data.windows import split_batches
 from hf_gqaprune.linalg.symmetric import add_gram_
 from hf_gqaprune.models.checks import frozen
 from hf_gqaprune.models.shapes import ModelShape
-from hf_gqaprune.statistics import collect as measurement
+from hf_gqaprune.statistics import collect
 from hf_gqaprune.statistics.criteria import CRITERIA
 from hf_gqaprune.streaming.memory_bound import Work, check_bound
 from hf_gqaprune.utils.device import within
@@ -91,7 +91,7 @@ def in_memory(checkpoint: Path, tokens: int, seq_len: int, backbone_ratio: float
     shape = ModelShape.from_config(model.config)
     seconds: dict[str, float] = {}
     with _timed(seconds, "bare passes"), frozen(model):
-        measurement._run(model, windows, backward=True)
+        collect._run(model, windows, backward=True)
     with _timed(seconds, "bare products"):
         _products(shape, windows, model.dtype)
     seconds["bare products"] *= len(shape.layers)
@@ -156,7 +156,7 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 @contextmanager
 def _curves(seconds: dict[str, float]) -> Iterator[None]:
     """Time what the criterion makes of the sums, which `collect_statistics` does as its last step."""
-    real: Callable[..., Any] = measurement.Tap.statistics
+    real: Callable[..., Any] = collect.MomentHooks.statistics
     seconds["curves"] = 0.0
 
     def statistics(*args: Any) -> Any:
@@ -166,8 +166,8 @@ def _curves(seconds: dict[str, float]) -> Iterator[None]:
         finally:
             seconds["curves"] += time.perf_counter() - start
 
-    measurement.Tap.statistics = statistics  # type: ignore[method-assign]
+    collect.MomentHooks.statistics = statistics  # type: ignore[method-assign]
     try:
         yield
     finally:
-        measurement.Tap.statistics = real  # type: ignore[method-assign]
+        collect.MomentHooks.statistics = real  # type: ignore[method-assign]

@@ -1,7 +1,4 @@
-"""A dense and a pruned model and calibration windows go in; the pruned model, a few natural-gradient steps closer, comes out.
-
-Layer-wise re-fitting matches activations. These steps look at what those are for: the dense model's predictions.
-"""
+"""Move a pruned model a few natural-gradient steps towards the predictions of the dense model."""
 
 from __future__ import annotations
 
@@ -20,9 +17,9 @@ from ..models import OUTPUT_PROJECTION, frozen
 from ..statistics import RIDGE
 from ..utils import CPU, distributed
 
-#: at most so many steps; each one costs about as much as the calibration pass
+#: maximum number of steps; each costs about as much as the calibration pass
 _STEPS = 5
-#: first step length that is tried, doubled as long as the held-out divergence falls
+#: first step length tried; doubled as long as the held-out divergence decreases
 _FIRST_STEP = 0.005
 _TRIES = 8
 
@@ -34,13 +31,13 @@ def natural_gradient_steps(model: Any, pruned: Any, calibration: Calibration) ->
     the projection's inputs, G that of the gradient at its outputs when the next token is drawn from the dense model
     (the Kronecker-factored Fisher of Martens & Grosse 2015, arXiv:1503.05671, eq. 1 and 27), and r the ridge of the
     optimal-brain-surgeon solve. H and G are measured once, D anew at every step. s is found by doubling (halving where
-    the previous step's is too long), on held-out windows: a step that does not help them is not taken.
+    the previous step length is too long) on held-out windows; a step that does not lower their divergence is undone.
 
     Args:
         model: the dense causal LM; unchanged.
-        pruned: the pruned causal LM; its weights change, dtype and device stay.
-        calibration: directions come from `fitted`, step lengths from `held_out`. Without held-out windows (fewer than 8
-            in all) there is nothing to measure a step by, and nothing is done.
+        pruned: the pruned causal LM; its weights change, its dtype and device do not.
+        calibration: directions are computed on `fitted`, step lengths on `held_out`. Without held-out windows (fewer
+            than 8 windows in all) no step is taken.
 
     Returns:
         The lengths of the steps taken.
@@ -52,14 +49,14 @@ def natural_gradient_steps(model: Any, pruned: Any, calibration: Calibration) ->
         return []
     held_out = Predictions.of(model, calibration.held_out)
     best = _divergence(held_out, pruned)
-    taps = output_taps(pruned)
-    if not best or not taps:
-        return []  # they predict the same, or nothing can move
+    hooks = output_hooks(pruned)
+    if not best or not hooks:
+        return []  # equal predictions, or no output projection
     fitted = Predictions.of(model, calibration.fitted)
     lengths: list[float] = []
     for _ in range(_STEPS):
-        _measure(fitted, pruned, calibration.seed, taps)
-        step = _Step(taps)
+        _measure(fitted, pruned, calibration.seed, hooks)
+        step = _Step(hooks)
 
         def divergence(length: float, step: _Step = step) -> float:
             step.take(length)
@@ -74,7 +71,7 @@ def natural_gradient_steps(model: Any, pruned: Any, calibration: Calibration) ->
 
 
 def _line_search(divergence: Callable[[float], float], best: float, first: float) -> tuple[float, float]:
-    """The least divergence found and its step length: doubled from `first`, or halved where `first` is too long."""
+    """Return the lowest divergence and its step length, doubling from `first` or halving if `first` is too long."""
     length, tried, factor = 0.0, first, 2.0
     for trial in range(_TRIES):
         found = divergence(tried)
@@ -94,15 +91,15 @@ def _line_search(divergence: Callable[[float], float], best: float, first: float
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the dense model predicts of the windows of this process, gone through as often as needed.
+    """Predictions of the dense model for the windows of this process; may be iterated over repeatedly.
 
-    Its last hidden states are kept, `tokens x hidden_size` values on the CPU, and only its head is applied anew.
+    The last hidden states are kept, `tokens x hidden_size` values on the CPU; each iteration applies the head again.
 
     Attributes:
         batches: int64 `(windows, seq_len)` each.
         hidden: `(windows, seq_len, hidden_size)` each.
-        head: from hidden states to logits.
-        tokens: of all processes.
+        head: maps hidden states to logits.
+        tokens: number of tokens over all processes.
     """
 
     batches: list[torch.Tensor]
@@ -113,7 +110,7 @@ class Predictions:
     @staticmethod
     @torch.no_grad()
     def of(model: Any, windows: torch.Tensor) -> Predictions:
-        """Run the dense model over int64 `(samples, seq_len)` once."""
+        """Run the dense model once on `windows`, int64 `(samples, seq_len)`."""
         batches = list(split_batches(distributed.share(windows), model.config.vocab_size))
         device = model.get_input_embeddings().weight.device
         decoder = model.get_decoder()
@@ -121,7 +118,7 @@ class Predictions:
         return Predictions(batches, hidden, model.get_output_embeddings(), windows.numel())
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Ids and float32 log probabilities `(windows, seq_len, vocabulary)` of each batch."""
+        """Yield token ids and float32 log probabilities `(windows, seq_len, vocabulary)` of each batch."""
         device = self.head.weight.device
         for ids, hidden in zip(self.batches, self.hidden, strict=True):
             with torch.no_grad():
@@ -130,21 +127,21 @@ class Predictions:
 
 
 class _Step:
-    """Where the weights are, and where the step leads."""
+    """Weights before a step, and the direction of the step."""
 
-    def __init__(self, taps: list[_Tap]) -> None:
-        self.moves = [(tap.linear.weight, tap.linear.weight.detach().clone(), tap.direction()) for tap in taps]
+    def __init__(self, hooks: list[_OutputHooks]) -> None:
+        self.moves = [(hook.linear.weight, hook.linear.weight.detach().clone(), hook.direction()) for hook in hooks]
 
     def take(self, length: float) -> None:
         for weight, start, direction in self.moves:
             weight.data.copy_(start.double() - length * direction.to(start.device) if length else start)
 
 
-class _Tap:
-    """Sums at one output projection: inputs x x^T, drawn gradients g g^T, and gradients of the divergence g x^T.
+class _OutputHooks:
+    """Sum x x^T, sampled g g^T and divergence gradients g x^T at one output projection.
 
     Attributes:
-        curved: whether the second moments are known, from the first pass.
+        curved: whether the first pass has measured the second moments.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -159,7 +156,7 @@ class _Tap:
         self._x = torch.empty(0)
 
     def begin(self) -> None:
-        """Forget the gradient of the pass before."""
+        """Reset the gradient before a pass."""
         self.slope.zero_()
         self.tokens = 0
 
@@ -167,9 +164,9 @@ class _Tap:
         stack.callback(self.linear.register_forward_hook(self._forward).remove)
 
     def direction(self) -> torch.Tensor:
-        """(G + rI)^-1 D (H + rI)^-1, float64 `(out_features, in_features)`, made on the device and kept on the CPU."""
+        """Return (G + rI)^-1 D (H + rI)^-1, float64 `(out_features, in_features)` on the CPU."""
         outputs, inputs = self._factors or (_factor(self.outputs, self.tokens), _factor(self.inputs, self.tokens))
-        # a GPU makes them anew sooner than the host finds room for those of all layers
+        # on a GPU factoring again is cheaper than storing the factors of all layers in host memory
         if self.slope.device == CPU and not self.curved:
             self._factors = outputs, inputs
             self.outputs = self.inputs = torch.empty(0)
@@ -178,7 +175,7 @@ class _Tap:
         return torch.cholesky_solve(left.T, inputs).T.cpu()
 
     def add_up(self) -> None:
-        """Sum what the last pass added over processes."""
+        """Sum the results of the last pass over processes."""
         distributed.add_up((self.slope,) if self.curved else (self.slope, self.inputs, self.outputs))
         self.tokens = int(distributed.added_up(self.tokens, self.slope))
 
@@ -198,62 +195,62 @@ class _Tap:
                 self.slope.addmm_(g.float().T, self._x.float())
 
 
-def output_taps(pruned: Any) -> list[_Tap]:
-    """One for every output projection, in the order of the layers."""
+def output_hooks(pruned: Any) -> list[_OutputHooks]:
+    """Create the hooks of every output projection, in layer order."""
     blocks = {"attention": "self_attn", "mlp": "mlp"}
     return [
-        _Tap(getattr(layer, blocks[kind]).get_submodule(name.rpartition(".")[2]))
+        _OutputHooks(getattr(layer, blocks[kind]).get_submodule(name.rpartition(".")[2]))
         for layer in pruned.get_decoder().layers
         for kind, name in OUTPUT_PROJECTION.items()
         if getattr(layer, blocks[kind]) is not None
     ]
 
 
-def _measure(fitted: Predictions, pruned: Any, seed: int, taps: list[_Tap]) -> None:
-    """One pass of the pruned model over the fitted windows; it goes back once, the first time twice."""
+def _measure(fitted: Predictions, pruned: Any, seed: int, hooks: list[_OutputHooks]) -> None:
+    """Run the pruned model over the fitted windows, with one backward pass per batch (two in the first call)."""
     from tqdm.auto import tqdm
 
     device = fitted.head.weight.device
     generator = torch.Generator(device).manual_seed(seed + distributed.index())
     with ExitStack() as stack:
         stack.enter_context(frozen(pruned))
-        for tap in taps:
-            tap.begin()
-            tap.attach(stack)
+        for hook in hooks:
+            hook.begin()
+            hook.attach(stack)
         bar = tqdm(fitted, total=len(fitted.batches), desc="correcting", unit="batch", disable=None, leave=False)
         for ids, log_probs in bar:
             wanted = log_probs.exp()
             embeds = pruned.get_input_embeddings()(ids).detach().requires_grad_(True)
             given = pruned(inputs_embeds=embeds, use_cache=False).logits.to(device).float().log_softmax(-1)
-            for tap in taps:
-                tap.drawn = False
+            for hook in hooks:
+                hook.drawn = False
             # the entropy of the dense model has no gradient
-            torch.autograd.backward(-(wanted * given).sum(), retain_graph=not taps[0].curved)
-            if taps[0].curved:
+            torch.autograd.backward(-(wanted * given).sum(), retain_graph=not hooks[0].curved)
+            if hooks[0].curved:
                 continue
             drawn = torch.multinomial(wanted.flatten(0, 1), 1, generator=generator)
-            for tap in taps:
-                tap.drawn = True
+            for hook in hooks:
+                hook.drawn = True
             torch.autograd.backward(-given.flatten(0, 1).gather(1, drawn).sum())
-    for tap in taps:
-        tap.add_up()
+    for hook in hooks:
+        hook.add_up()
 
 
 @torch.no_grad()
 def _divergence(held_out: Predictions, pruned: Any) -> float:
-    """KL(dense || pruned) in nats per token, over the windows of all processes."""
+    """Return KL(dense || pruned) in nats per token over the windows of all processes."""
     total = 0.0
     for ids, wanted in held_out:
         given = pruned(input_ids=ids, use_cache=False).logits.to(wanted.device).float().log_softmax(-1)
         total += float((wanted.exp() * (wanted - given)).sum(dtype=torch.float64))
     total = distributed.added_up(total, pruned.get_input_embeddings().weight)
     if total != total:
-        raise WorkError("the divergence of the pruned model from the dense one is not a number: activations overflow")
+        raise WorkError("the divergence of the pruned from the dense model is nan: load the model in float32 or bfloat16")
     return total / held_out.tokens
 
 
 def _factor(total: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Cholesky factor of the mean with its ridge, float64, from the lower triangle."""
+    """Return the Cholesky factor of the mean plus its ridge, float64; only the lower triangle of `total` is read."""
     mean = total.double() / tokens
     scale = float(mean.diagonal().mean())
     mean.diagonal().add_(RIDGE * scale if scale > 0 else 1.0)

@@ -1,4 +1,4 @@
-from .collect import Tap as Tap
+from .collect import MomentHooks as MomentHooks
 from .collect import check_tokens as check_tokens
 from .collect import collect_statistics as collect_statistics
 from .criteria import CRITERIA as CRITERIA

@@ -1,4 +1,4 @@
-"""A model and calibration windows go in; what every block shows of itself while they pass through comes out."""
+"""Measure every block of a model while calibration windows run through it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-#: fewer calibration tokens than this per FFN channel are warned of
+#: minimum number of calibration tokens per FFN channel before a warning
 _TOKENS_PER_CHANNEL = 4
 
 
@@ -49,20 +49,19 @@ def collect_statistics(
 ) -> Statistics:
     """Measure every block of `model` on `calibration` in one pass and turn it into removal curves.
 
-    Under `accelerate launch` every process measures its share of the windows and all get the same statistics.
-
-    The model is left as it was: no copy is made, no weight changes, `requires_grad` flags and mode are restored.
+    Under `accelerate launch` every process measures a shard of the windows and all return the same statistics. The
+    model is neither copied nor changed: `requires_grad` flags and training mode are restored.
 
     Args:
         model: a Llama or pruned Llama causal LM, any float dtype; moments are kept in float32.
-        calibration: the windows; may be None for criteria that need none when `moments` is false.
-        criterion: a key of `importance.CRITERIA`.
-        moments: also keep the second moments of the output projections' inputs, which re-fitting needs.
+        calibration: the windows; may be None if `moments` is false and the criterion needs no calibration.
+        criterion: a key of `CRITERIA`.
+        moments: keep the second moments of the output projections' inputs, which least squares needs.
         seed: for the criterion `random`.
 
     Raises:
-        UsageError: unknown criterion, a model of another architecture, calibration missing or of another vocabulary.
-        WorkError: a weight, activation or gradient that is not finite, named.
+        UsageError: unknown criterion, unsupported architecture, or missing calibration or one of another vocabulary.
+        WorkError: a weight, activation or gradient is not finite.
     """
     if criterion not in CRITERIA:
         raise unknown("criterion", criterion, CRITERIA)
@@ -74,36 +73,36 @@ def collect_statistics(
     layers: Any = model.get_decoder().layers
     check_weights(dict(enumerate(layers)))
     check_outer_weights(model)
-    taps: dict[tuple[int, str], Tap] = {}
+    hooks: dict[tuple[int, str], MomentHooks] = {}
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
         for index, shape in enumerate(source.layers):
             for kind in KINDS:
                 if kind not in shape.skip:
-                    taps[index, kind] = Tap(index, kind, layers[index], slices[index])
+                    hooks[index, kind] = MomentHooks(index, kind, layers[index], slices[index])
         if calibration is not None and (rule.calibrated or moments):
             check_tokens(calibration, source)
             check_held(model)
-            for tap in taps.values():
-                tap.attach(stack, rule.moments or moments, rule.output_gradients, rule.weight_gradients)
+            for block in hooks.values():
+                block.attach(stack, rule.moments or moments, rule.output_gradients, rule.weight_gradients)
             backward = rule.output_gradients or rule.weight_gradients
             _run(model, calibration, backward)
-            for tap in taps.values():
-                tap.add_up()
+            for block in hooks.values():
+                block.all_reduce()
     blocks = {}
-    for key, tap in taps.items():
-        found = tap.statistics(rule, seed)
-        kept = found.moments if moments else None
-        blocks[key] = replace(found, stored=kept and kept.to(CPU), weight=weight_digest(tap.weight))
-        tap.release()
+    for key, block in hooks.items():
+        result = block.statistics(rule, seed)
+        kept = result.moments if moments else None
+        blocks[key] = replace(result, stored=kept and kept.to(CPU), weight=weight_digest(block.weight))
+        block.release()
     return Statistics(source, criterion, blocks, calibration, seed)
 
 
 def check_tokens(calibration: Calibration, source: ModelShape) -> None:
-    """Say so where the tokens are too few for what is estimated from them.
+    """Warn if there are too few tokens for a stable second moment.
 
     Raises:
-        UsageError: a token that the model does not have.
+        UsageError: a token is outside the model's vocabulary.
     """
     low, high = (int(end) for end in calibration.ids.aminmax())
     if low < 0 or high >= source.vocab_size:
@@ -119,8 +118,8 @@ def check_tokens(calibration: Calibration, source: ModelShape) -> None:
         )  # fmt: skip
 
 
-class Tap:
-    """Sums what one block shows while calibration batches pass through it."""
+class MomentHooks:
+    """Accumulate second moments and gradients of one block while calibration batches run through it."""
 
     def __init__(self, layer: int, kind: str, module: nn.Module, slices: UnitSlices) -> None:
         self.layer, self.kind = layer, kind
@@ -134,34 +133,35 @@ class Tap:
 
     @property
     def weight(self) -> torch.Tensor:
-        """Of the output projection."""
+        """Return the weight of the output projection."""
         return self.linears[OUTPUT_PROJECTION[self.kind]].weight
 
     def attach(self, stack: ExitStack, moments: bool, output_gradients: bool, weight_gradients: bool) -> None:
+        """Register the hooks that accumulate the requested sums until `stack` is closed."""
         output = self.linears[OUTPUT_PROJECTION[self.kind]]
         rows, columns = output.weight.shape
         zeros = functools.partial(torch.zeros, device=output.weight.device)
         if moments:
             self.inputs, self.input_sum = zeros(columns, columns), zeros(columns)
-            stack.callback(output.register_forward_pre_hook(self._take_input).remove)
+            stack.callback(output.register_forward_pre_hook(self._add_input).remove)
         if output_gradients:
             self.gradients = zeros(rows, rows)
-            stack.callback(output.register_forward_hook(self._watch_output).remove)
+            stack.callback(output.register_forward_hook(self._hook_output).remove)
         if weight_gradients:
             for name, linear in self.linears.items():
                 stack.enter_context(trainable(linear.weight))
                 self.weight_gradients[name] = torch.zeros_like(linear.weight, dtype=torch.float32)
-                hook = linear.weight.register_post_accumulate_grad_hook(self._take_weight_gradient(name))
+                hook = linear.weight.register_post_accumulate_grad_hook(self._weight_gradient_hook(name))
                 stack.callback(hook.remove)
 
-    def add_up(self) -> None:
+    def all_reduce(self) -> None:
         """Sum over processes."""
         sums = [self.inputs, self.input_sum, self.gradients, *self.weight_gradients.values()]
         distributed.add_up(tensor for tensor in sums if tensor is not None)
         self.tokens = int(distributed.added_up(self.tokens, next(iter(self.linears.values())).weight))
 
     def block(self, seed: int) -> Block:
-        """What the criterion sees; the sums become means, in their own memory."""
+        """Return the input of a criterion, turning the sums into means in place."""
         moments = None
         if self.inputs is not None and self.input_sum is not None:
             gradients = self.gradients
@@ -177,40 +177,41 @@ class Tap:
         return Block(self.layer, self.kind, weights, self.units, moments, self.weight_gradients, seed)
 
     def statistics(self, rule: Criterion, seed: int) -> BlockStatistics:
-        """The block's curve, and its moments where they were summed; without `weight`."""
+        """Return the block's removal curve, and its moments if they were accumulated; `weight` is left unset."""
         block = self.block(seed)
         curve = rule.curve(block)
         if not bool(torch.isfinite(curve.cost).all()):
-            raise WorkError(f"layer {self.layer} {self.kind}: the criterion gives costs that are not finite")
+            raise WorkError(f"layer {self.layer} {self.kind}: the criterion returned costs that are not finite")
         return BlockStatistics(self.layer, self.kind, curve, block.moments)
 
     def release(self) -> None:
+        """Free the accumulated sums."""
         self.inputs = self.gradients = None
         self.weight_gradients = {}
 
-    def _take_input(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def _add_input(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         x = args[0].detach().flatten(0, -2)  # (tokens, n)
         add_gram_(self.inputs, x)  # type: ignore[arg-type]
         self.input_sum += x.sum(0, dtype=torch.float32)  # type: ignore[operator]
         self.tokens += len(x)
 
-    def _watch_output(self, _module: nn.Module, _args: Any, output: torch.Tensor) -> None:
-        output.register_hook(self._take_gradient)
+    def _hook_output(self, _module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+        output.register_hook(self._add_gradient)
 
-    def _take_gradient(self, gradient: torch.Tensor) -> None:
+    def _add_gradient(self, gradient: torch.Tensor) -> None:
         add_gram_(self.gradients, gradient.flatten(0, -2))  # type: ignore[arg-type]
 
-    def _take_weight_gradient(self, name: str) -> Any:
-        def take(parameter: torch.Tensor) -> None:
+    def _weight_gradient_hook(self, name: str) -> Any:
+        def add(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:
                 self.weight_gradients[name] += parameter.grad.float()
                 parameter.grad = None
 
-        return take
+        return add
 
 
 def _run(model: PreTrainedModel, calibration: Calibration, backward: bool) -> None:
-    """Send every batch through the model, and the summed next-token loss back where gradients are wanted."""
+    """Run every batch forward and, with `backward`, back-propagate the summed next-token loss."""
     from tqdm.auto import tqdm
 
     device = next(model.parameters()).device
@@ -218,7 +219,7 @@ def _run(model: PreTrainedModel, calibration: Calibration, backward: bool) -> No
     with torch.set_grad_enabled(backward):
         for batch in tqdm(batches, desc="calibration", unit="batch", disable=None, leave=False):
             ids = batch.to(device)
-            # gradients start at the embeddings' output, so that no weight needs one
+            # gradients end at the embeddings' output, so that no weight needs one
             embeds = model.get_input_embeddings()(ids).detach().requires_grad_(backward)
             hidden = model.get_decoder()(inputs_embeds=embeds, use_cache=False).last_hidden_state
             if not backward:
@@ -231,25 +232,25 @@ def _run(model: PreTrainedModel, calibration: Calibration, backward: bool) -> No
 
 
 def _first_overflow(model: PreTrainedModel, embeds: torch.Tensor) -> str:
-    """The first block whose output is not finite, or the head, where all are; `embeds` as the pass gives them."""
-    found: list[str] = []
+    """Name the first block whose output for the embeddings `embeds` is not finite, or the head if all are finite."""
+    overflows: list[str] = []
 
-    def watch(name: str) -> Any:
-        def look(_module: nn.Module, _args: Any, output: Any) -> None:
+    def check(name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             if not bool(torch.isfinite(hidden).all()):
-                found.append(name)
+                overflows.append(name)
 
-        return look
+        return hook
 
     layers: Any = model.get_decoder().layers
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
             for kind, block in (("attention", layer.self_attn), ("mlp", layer.mlp)):
                 if block is not None:
-                    stack.callback(block.register_forward_hook(watch(f"layer {index} {kind}")).remove)
+                    stack.callback(block.register_forward_hook(check(f"layer {index} {kind}")).remove)
         model(inputs_embeds=embeds, use_cache=False)
-    return found[0] if found else "the head"
+    return overflows[0] if overflows else "the head"
 
 
 def _check_moments(layer: int, kind: str, moments: Moments) -> None:

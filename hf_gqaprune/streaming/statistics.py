@@ -26,8 +26,8 @@ from ..statistics import (
     CRITERIA,
     BlockStatistics,
     Criterion,
+    MomentHooks,
     Statistics,
-    Tap,
     block_file,
     check_tokens,
     packed_block,
@@ -242,17 +242,17 @@ class _Pass:
             return
         with self.layers.layer(index, index + 1) as layer:
             check_weights({index: layer})
-            self._save([Tap(index, kind, layer, self.slices[index]) for kind in self._kinds(index)])
+            self._save([MomentHooks(index, kind, layer, self.slices[index]) for kind in self._kinds(index)])
 
     def _forward(self, index: int) -> None:
         """The inputs of the next layer; without a backward pass also the statistics of this one."""
         spill = self.spill
         with self.layers.layer(index, index + 1) as layer, ExitStack() as stack:
             check_weights({index: layer})
-            taps = [] if self.backward else self._taps(index, layer, stack)
+            hooks = [] if self.backward else self._hooks(index, layer, stack)
             with torch.no_grad():
                 spill.write(f"input-{index + 1}", self._outputs(index, layer))
-            self._save(taps)
+            self._save(hooks)
         spill.commit(f"input-{index + 1}")
         if not self.backward:
             self._later(spill.drop, f"input-{index}")
@@ -287,26 +287,26 @@ class _Pass:
                 yield _gradient(hidden)
 
         with self.layers.layer(index, index - 1) as layer, ExitStack() as stack:
-            taps = self._taps(index, layer, stack)
+            hooks = self._hooks(index, layer, stack)
             spill.write(f"gradient-{index}", gradients())
-            self._save(taps)
+            self._save(hooks)
         spill.commit(f"gradient-{index}")
         for name in (f"gradient-{index + 1}", f"input-{index}"):
             self._later(spill.drop, name)
 
-    def _taps(self, index: int, layer: Any, stack: ExitStack) -> list[Tap]:
-        taps = [Tap(index, kind, layer, self.slices[index]) for kind in self._kinds(index)]
-        for tap in taps:
-            tap.attach(stack, True, self.rule.output_gradients, self.rule.weight_gradients)
-        return taps
+    def _hooks(self, index: int, layer: Any, stack: ExitStack) -> list[MomentHooks]:
+        hooks = [MomentHooks(index, kind, layer, self.slices[index]) for kind in self._kinds(index)]
+        for hook in hooks:
+            hook.attach(stack, True, self.rule.output_gradients, self.rule.weight_gradients)
+        return hooks
 
-    def _save(self, taps: list[Tap]) -> None:
-        for tap in taps:
-            block = tap.statistics(self.rule, self.seed)
-            tap.release()
+    def _save(self, hooks: list[MomentHooks]) -> None:
+        for hook in hooks:
+            block = hook.statistics(self.rule, self.seed)
+            hook.release()
             packed, known = packed_block(block), replace(block, stored=None)
             del block
-            self._later(self._write, packed, known, tap.weight.detach())
+            self._later(self._write, packed, known, hook.weight.detach())
 
     def _write(self, packed: dict[str, torch.Tensor], block: BlockStatistics, weight: torch.Tensor) -> None:
         write_block(packed, replace(block, weight=weight_digest(weight)), self.working)

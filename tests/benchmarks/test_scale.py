@@ -49,12 +49,12 @@ def test_killed_twice_the_files_are_the_same(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_curves_are_timed_by_what_is_put_back(tmp_path: Path) -> None:
-    real = stages.measurement.Tap.statistics
+    real = stages.collect.MomentHooks.statistics
     seconds: dict[str, float] = {}
     with pytest.raises(ZeroDivisionError), stages._curves(seconds):
-        assert stages.measurement.Tap.statistics is not real
+        assert stages.collect.MomentHooks.statistics is not real
         raise ZeroDivisionError
-    assert stages.measurement.Tap.statistics is real and seconds == {"curves": 0.0}
+    assert stages.collect.MomentHooks.statistics is real and seconds == {"curves": 0.0}
 
 
 def test_exponents_are_slopes_of_logarithms() -> None:

@@ -11,7 +11,7 @@ from hf_gqaprune.compensation.natural_gradient import (
     _line_search,
     _measure,
     natural_gradient_steps,
-    output_taps,
+    output_hooks,
 )
 from hf_gqaprune.plan import LayerPlan, PruningPlan
 
@@ -42,18 +42,18 @@ def _weights(model):
 
 def test_the_slope_is_the_gradient_of_the_divergence(models):
     model, pruned, calibration = models
-    taps = output_taps(pruned)
-    _measure(Predictions.of(model, calibration.fitted), pruned, 0, taps)
+    hooks = output_hooks(pruned)
+    _measure(Predictions.of(model, calibration.fitted), pruned, 0, hooks)
     ids = calibration.fitted
     with torch.no_grad():
         wanted = model(ids).logits.log_softmax(-1)
     F.kl_div(pruned(ids).logits.log_softmax(-1), wanted, log_target=True, reduction="sum").backward()
     layers = pruned.model.layers
     linears = [linear for layer in layers for linear in (layer.self_attn.o_proj, layer.mlp.down_proj)]
-    assert [tap.linear for tap in taps] == linears
-    for tap in taps:
-        torch.testing.assert_close(tap.slope, tap.linear.weight.grad, rtol=1e-3, atol=1e-4)
-        assert tap.tokens == ids.numel()
+    assert [hook.linear for hook in hooks] == linears
+    for hook in hooks:
+        torch.testing.assert_close(hook.slope, hook.linear.weight.grad, rtol=1e-3, atol=1e-4)
+        assert hook.tokens == ids.numel()
 
 
 def test_predictions_are_those_of_the_model_bit_for_bit(models):
@@ -67,19 +67,19 @@ def test_predictions_are_those_of_the_model_bit_for_bit(models):
 
 def test_the_direction_solves_both_sides(models):
     model, pruned, calibration = models
-    taps = output_taps(pruned)
-    _measure(Predictions.of(model, calibration.fitted), pruned, 0, taps)
-    for tap in taps:
-        def ridged(total, tokens=tap.tokens):
+    hooks = output_hooks(pruned)
+    _measure(Predictions.of(model, calibration.fitted), pruned, 0, hooks)
+    for hook in hooks:
+        def ridged(total, tokens=hook.tokens):
             mean = total.double() / tokens
             return mean + 0.01 * mean.diagonal().mean() * torch.eye(len(mean), dtype=torch.float64)
 
         # the sums go where their factors are kept
-        outputs, inputs = ridged(tap.outputs), ridged(tap.inputs)
+        outputs, inputs = ridged(hook.outputs), ridged(hook.inputs)
         for scale in (1.0, 2.0):
-            tap.slope *= scale
-            back = outputs @ tap.direction() @ inputs
-            torch.testing.assert_close(back, tap.slope.double() / tap.tokens)
+            hook.slope *= scale
+            back = outputs @ hook.direction() @ inputs
+            torch.testing.assert_close(back, hook.slope.double() / hook.tokens)
 
 
 def test_held_out_divergence_falls_and_only_output_projections_move(models):
@@ -131,13 +131,13 @@ def test_half_precision_keeps_its_dtype(models):
 
 def test_a_second_pass_measures_the_slope_anew_and_keeps_the_curvature(models):
     model, pruned, calibration = models
-    taps = output_taps(pruned)
-    _measure(Predictions.of(model, calibration.fitted), pruned, 0, taps)
-    first = [(tap.direction(), tap.slope.clone(), tap.inputs.clone(), tap.outputs.clone()) for tap in taps]
-    _measure(Predictions.of(model, calibration.fitted), pruned, 0, taps)
-    for tap, (direction, slope, inputs, outputs) in zip(taps, first, strict=True):
-        assert torch.equal(tap.slope, slope) and torch.equal(tap.direction(), direction)
-        assert torch.equal(tap.inputs, inputs) and torch.equal(tap.outputs, outputs)
+    hooks = output_hooks(pruned)
+    _measure(Predictions.of(model, calibration.fitted), pruned, 0, hooks)
+    first = [(hook.direction(), hook.slope.clone(), hook.inputs.clone(), hook.outputs.clone()) for hook in hooks]
+    _measure(Predictions.of(model, calibration.fitted), pruned, 0, hooks)
+    for hook, (direction, slope, inputs, outputs) in zip(hooks, first, strict=True):
+        assert torch.equal(hook.slope, slope) and torch.equal(hook.direction(), direction)
+        assert torch.equal(hook.inputs, inputs) and torch.equal(hook.outputs, outputs)
 
 
 @pytest.mark.parametrize(
