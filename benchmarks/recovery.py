@@ -21,12 +21,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_gqaprune as gp
-from hf_gqaprune.configuration.recovery import resolve
+from hf_gqaprune.configuration import CalibrationConfig, PruneRequest, PruningConfig, RecoveryConfig
 from hf_gqaprune.data.text import load_text
 from hf_gqaprune.evaluation.perplexity import evaluate_perplexity
 from hf_gqaprune.evaluation.report import versions
 from hf_gqaprune.pipeline.prune import prune_model
-from hf_gqaprune.pipeline.runner import PruneRequest
 from hf_gqaprune.trainer.blockwise import EPOCHS, reconstruct
 from hf_gqaprune.trainer.models import lora_config
 from hf_gqaprune.utils.files import write_json
@@ -61,7 +60,7 @@ def blockwise(job: Job) -> Any:
     ).ids
     torch.manual_seed(job.seed)
     base = AutoModelForCausalLM.from_pretrained(job.start)
-    model = get_peft_model(base, lora_config(base, resolve("default", {})))
+    model = get_peft_model(base, lora_config(base, RecoveryConfig.from_preset()))
     reconstruct(model, AutoModelForCausalLM.from_pretrained(job.dense), ids, rows=16, seed=job.seed)
     return model.merge_and_unload()
 
@@ -136,8 +135,8 @@ def main() -> None:
         pruned = args.output / f"pruned-{ratio}"
         if not pruned.exists():
             request = PruneRequest(
-                args.model, backbone_ratio=ratio, calibration=tuple(args.train), samples=args.samples,
-                seq_len=args.seq_len, seed=args.seed,
+                args.model, PruningConfig(backbone_ratio=ratio),
+                CalibrationConfig(args.train, args.samples, args.seq_len), args.seed,
             )  # fmt: skip
             prune_model(request, pruned)
         for way, run in WAYS.items():

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from hf_gqaprune.configuration import CalibrationConfig, PruneRequest, PruningConfig
 from hf_gqaprune.data.text import load_text
 from hf_gqaprune.evaluation.perplexity import evaluate_perplexity
 from hf_gqaprune.evaluation.report import versions
 from hf_gqaprune.pipeline.prune import prune_model
-from hf_gqaprune.pipeline.runner import PruneRequest
 from hf_gqaprune.plan import PruningPlan
 from hf_gqaprune.utils.files import write_json
 
@@ -75,8 +75,8 @@ def ours(**options: Any) -> Callable[[argparse.Namespace, Path], Any]:
 
     def run(args: argparse.Namespace, output: Path) -> Any:
         request = PruneRequest(
-            args.model, ratio=args.ratio, calibration=tuple(args.calibration), samples=args.samples, seq_len=args.seq_len,
-            **options,
+            args.model, PruningConfig(ratio=args.ratio, **options),
+            CalibrationConfig(args.calibration, args.samples, args.seq_len),
         )  # fmt: skip
         prune_model(request, output)
         return None

@@ -96,7 +96,7 @@ def flap_sliced(dense: Trial, ratio: float) -> Any:
 
 def _biased(dense: Trial, ratio: float, criterion: str) -> Any:
     statistics = dense.statistics(criterion)
-    plan = gp.make_plan(statistics, backbone_ratio=ratio, bias=True)
+    plan = gp.make_plan(statistics, backbone_ratio=ratio, compensation="bias")
     return gp.prune(dense.model, plan, statistics, compensation="bias")
 
 

@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..checkpoint import read_identity, training
-from ..configuration import Recipe
+from ..configuration import PruningConfig, Recipe
 from ..errors import UsageError
 from ..plan import PruningPlan
 from ..utils import refuse_existing, write_text
@@ -297,7 +297,8 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _settings(recipe_path: Path) -> list[tuple[str, str]]:
     """Values of the recipe that are not the defaults, flat and in its order."""
     recipe = Recipe.load(recipe_path)
-    default = _flat(Recipe(recipe.model, recipe.output).to_dict())
+    unchanged = Recipe(recipe.model, recipe.output, prune=recipe.prune).to_dict()
+    default = _flat({**unchanged, "prune": PruningConfig().to_dict()})
     chosen = {key: value for key, value in _flat(recipe.to_dict()).items() if not key.startswith("card.")}
     return [(key, _inline(value)) for key, value in chosen.items() if default.get(key, ...) != value]
 

@@ -14,9 +14,8 @@ import pytest
 import yaml
 
 from hf_gqaprune.cli import make_parser, verbs
-from hf_gqaprune.configuration import builtin
-from hf_gqaprune.configuration.recipe import Recipe, assignment
-from hf_gqaprune.configuration.recovery import PRESETS, Settings, resolve
+from hf_gqaprune.cli.flags import given
+from hf_gqaprune.configuration import PRESETS, Recipe, RecoveryConfig, builtin
 from hf_gqaprune.trainer.launch import accelerate_flags
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,10 +108,7 @@ def test_commands_about_recovery_parse(line):
     args, rest = make_parser().parse_known_args(shlex.split(line)[1:])
     if args.function is verbs.recover:
         accelerate_flags(rest)
-        changes = dict(assignment(override, "") for override in args.set)
-        if args.max_tokens is not None:
-            changes["max_tokens"] = args.max_tokens
-        assert resolve(args.preset, changes)
+        assert RecoveryConfig.from_preset(**given(args, RecoveryConfig))
     else:
         assert rest == []
     if hasattr(args, "recipe"):
@@ -121,16 +117,17 @@ def test_commands_about_recovery_parse(line):
 
 def test_the_recovery_page_names_what_there_is(tmp_path):
     page = (ROOT / "docs" / "recovery.md").read_text()
-    for name, preset in PRESETS.items():
-        assert f"| `{name}` | {preset.rank} | {preset.epochs}" in page
+    for name in PRESETS:
+        config = RecoveryConfig.from_preset(name)
+        assert f"| `{name}` | {config.rank} | {config.epochs}" in page
     for name in builtin("accelerate"):
         assert f"| `{name}` |" in page
     for name, value in re.findall(r"`(\w+)=([\w.]+)`", page):
-        assert name in Settings.__dataclass_fields__ or name == "KEY", (name, value)
+        assert name in RecoveryConfig.names() or name == "KEY", (name, value)
     (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     arguments = yaml.safe_load(example)
-    assert set(arguments) - set(Settings.__dataclass_fields__) == {"model", "data", "output", "teacher"}
-    assert Settings.from_dict({k: v for k, v in arguments.items() if k in Settings.__dataclass_fields__}).learning_rate == 1e-4
+    assert set(arguments) - set(RecoveryConfig.names()) == {"model", "output"}
+    assert RecoveryConfig.from_dict({k: v for k, v in arguments.items() if k in RecoveryConfig.names()}).learning_rate == 1e-4
 
 
 def test_the_python_of_the_readme_runs(tmp_path, llama, tokenizer, capsys):

@@ -57,7 +57,7 @@ def test_bias_by_hand(had: bool) -> None:
 def test_the_biases_count(tmp_path: Path, demand: dict[str, Any], allocation: str) -> None:
     model = tiny_llama(kv_heads=4, ffn=48, layers=3)
     statistics = collect_statistics(model, Calibration.from_ids(IDS), criterion="flap")
-    plan = make_plan(statistics, allocation=allocation, bias=True, **demand)
+    plan = make_plan(statistics, allocation=allocation, compensation="bias", **demand)
     name = next(iter(demand))
     whole = plan.before.parameters if name == "ratio" else plan.before.backbone_parameters
     channel = 3 * model.config.hidden_size + 2
@@ -82,7 +82,7 @@ def test_the_biases_count(tmp_path: Path, demand: dict[str, Any], allocation: st
 def test_the_mean_output_of_a_block_is_that_of_the_dense_one(had: bool) -> None:
     model = tiny_llama(layers=1, kv_heads=4, attention_bias=had, mlp_bias=had)
     statistics = collect_statistics(model, Calibration.from_ids(IDS), criterion="flap")
-    plan = make_plan(statistics, backbone_ratio=0.4, bias=True, allocation="uniform")
+    plan = make_plan(statistics, backbone_ratio=0.4, compensation="bias", allocation="uniform")
     means = []
     for each in (model, prune(model, plan, statistics, compensation="bias")):
         linear = each.model.layers[0].get_submodule(OUTPUT_PROJECTION["attention"])
@@ -134,8 +134,8 @@ def test_nothing_removed_is_nothing_added() -> None:
 def test_plan_and_compensation_belong_together(tmp_path: Path) -> None:
     model = tiny_llama()
     statistics = collect_statistics(model, Calibration.from_ids(IDS), criterion="flap")
-    plain, grown = (make_plan(statistics, backbone_ratio=0.3, bias=bias) for bias in (False, True))
-    with pytest.raises(UsageError, match="needs a plan that counts biases: make it with bias=True"):
+    plain, grown = (make_plan(statistics, backbone_ratio=0.3, compensation=c) for c in (None, "bias"))
+    with pytest.raises(UsageError, match="needs a plan that counts biases: make it with compensation='bias'"):
         prune(model, plain, statistics, compensation="bias")
     for compensation in ("natural_gradient", "least_squares", "none"):
         with pytest.raises(UsageError, match=f"adds biases, which compensation bias fills, not {compensation}"):
@@ -147,7 +147,7 @@ def test_plan_and_compensation_belong_together(tmp_path: Path) -> None:
         prune_checkpoint(tmp_path / "model", grown, tmp_path / "out", statistics=statistics, compensation="bias")
     # a bias for every linear is more than there is to remove
     with pytest.raises(UsageError, match=r"backbone_ratio=0.7 removes more .* \(at most 0\.\d+\)"):
-        make_plan(statistics, backbone_ratio=0.7, bias=True)
+        make_plan(statistics, backbone_ratio=0.7, compensation="bias")
 
 
 def test_the_command_prunes_as_flap_does(tmp_path: Path, llama: Any, tokenizer: Any) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from ..configuration import Settings
+from ..configuration import RecoveryConfig
 from ..data import NAMED, TABLES, Text, cut_windows, load_text, open_dataset, parse_weight, token_ids
 from ..errors import UsageError, unknown
 
@@ -75,9 +75,9 @@ class TrainingData:
 
 
 def load_data(
-    tokenizer: Any, sources: Sequence[str], settings: Settings, *, seed: int, evaluation: Sequence[str] = ()
+    tokenizer: Any, config: RecoveryConfig, *, seed: int, evaluation: Sequence[str] = ()
 ) -> TrainingData:
-    """Tokenize `sources` and draw one epoch of rows from them.
+    """Tokenize the sources of `config` and draw one epoch of rows from them.
 
     Text becomes windows of BOS + `seq_len - 1` text tokens, the same as in calibration. Prompt/completion, Alpaca and
     `messages` columns become one example per row, cut at `seq_len`, the loss on the completion or the whole chat.
@@ -85,7 +85,7 @@ def load_data(
     from the others, and everything repeats once all are used up.
 
     Args:
-        settings: with `seq_len` set.
+        config: with `seq_len` set.
         seed: of the choice and the order of rows.
         evaluation: texts that will be evaluated on; training on one of them is refused.
 
@@ -93,16 +93,16 @@ def load_data(
         UsageError: for text that is empty, shorter than one window or evaluated on, a dataset without usable columns,
             `messages` without a chat template.
     """
-    if not sources:
+    if not config.data:
         raise UsageError("no training text was named: pass --data NAME_OR_FILE")
-    weighted = [parse_weight(source) for source in sources]
-    opened = [open_source(name, settings.split, settings.streaming) for name, _ in weighted]
+    weighted = [parse_weight(source) for source in config.data]
+    opened = [open_source(name, config.split, config.streaming) for name, _ in weighted]
     _refuse_evaluated(opened, evaluation)
-    limit = settings.max_tokens if settings.streaming else None
-    pools = [tokenized(tokenizer, source, settings.seq_len or 0, limit) for source in opened]
+    limit = config.max_tokens if config.streaming else None
+    pools = [tokenized(tokenizer, source, config.seq_len or 0, limit) for source in opened]
     rng = random.Random(seed)
-    held_out = _hold_out(pools, settings)
-    counts = _token_shares(pools, [weight for _, weight in weighted], settings.max_tokens)
+    held_out = _hold_out(pools, config)
+    counts = _token_shares(pools, [weight for _, weight in weighted], config.max_tokens)
     chosen, records = [], []
     for source, pool, tokens, (_, weight) in zip(opened, pools, counts, weighted, strict=True):
         rows = _draw(pool, tokens, rng)
@@ -110,10 +110,10 @@ def load_data(
         used = sum(len(row.ids) for row in rows)
         records.append(DataSource(source.name, source.split, source.sha256, weight, len(rows), used))
     rng.shuffle(chosen)
-    packed = settings.packing and any(isinstance(source, Rows) and source.kind != "text" for source in opened)
+    packed = config.packing and any(isinstance(source, Rows) and source.kind != "text" for source in opened)
     return TrainingData(
-        _dataset(chosen, settings, packed),
-        _dataset(held_out, settings, packed) if held_out else None,
+        _dataset(chosen, config, packed),
+        _dataset(held_out, config, packed) if held_out else None,
         tuple(records),
         packed,
     )
@@ -223,11 +223,11 @@ def _refuse_evaluated(opened: Iterable[Text | Rows], evaluation: Sequence[str]) 
             )
 
 
-def _hold_out(pools: list[list[Row]], settings: Settings) -> list[Row]:
+def _hold_out(pools: list[list[Row]], config: RecoveryConfig) -> list[Row]:
     """Take the held-out rows, evenly spaced, out of every pool; fewer where the training itself is short."""
-    wanted = settings.held_out_tokens
-    if settings.max_tokens is not None:
-        wanted = min(wanted, settings.max_tokens // _HELD_OUT_SHARE)
+    wanted = config.held_out_tokens
+    if config.max_tokens is not None:
+        wanted = min(wanted, config.max_tokens // _HELD_OUT_SHARE)
     share = wanted // len(pools)
     taken = []
     for pool in pools:
@@ -267,7 +267,7 @@ def _draw(pool: list[Row], tokens: int, rng: random.Random) -> list[Row]:
     return rows
 
 
-def _dataset(rows: list[Row], settings: Settings, packed: bool) -> Dataset:
+def _dataset(rows: list[Row], config: RecoveryConfig, packed: bool) -> Dataset:
     from datasets import Dataset
 
     columns = {
@@ -279,7 +279,7 @@ def _dataset(rows: list[Row], settings: Settings, packed: bool) -> Dataset:
         return dataset
     from trl import pack_dataset
 
-    return pack_dataset(dataset, settings.seq_len, "bfd", {"num_proc": None})
+    return pack_dataset(dataset, config.seq_len, "bfd", {"num_proc": None})
 
 
 #: kind of example -> the columns that make it, in the order they are looked for

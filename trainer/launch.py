@@ -1,10 +1,11 @@
-"""TODO."""
+"""Start a recovery in processes of `accelerate launch`."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,31 +17,22 @@ from typing import Any, NoReturn
 
 import yaml
 
-from ..configuration import builtin
+from ..configuration import RecoveryConfig, builtin
 from ..errors import UsageError, WorkError, unknown
 from ..utils import write_text
 from . import checkpoints
-from .recovery import _given
 from .request import REQUEST_FILE, check_output, make_request
 
 
 def launch(
-    model: str | Path,
-    data: Sequence[str],
-    output: str | Path,
+    model: str | os.PathLike[str],
+    data: Sequence[str] | RecoveryConfig,
+    output: str | os.PathLike[str],
     *,
-    preset: str = "default",
-    max_tokens: int | None = None,
-    seq_len: int | None = None,
-    seed: int = 0,
-    overwrite: bool = False,
-    resume: bool = False,
-    teacher: str | Path | None = None,
-    evaluation: Sequence[str] = (),
     accelerate: Sequence[str] = (),
-    **changes: Any,
+    **arguments: Any,
 ) -> Path:
-    """`recover` in processes started by `accelerate launch`.
+    """Run [`recover`], whose arguments these are, in processes started by `accelerate launch`.
 
     Args:
         accelerate: flags for `accelerate launch`; among them `--accelerate_config NAME` takes one of the packaged
@@ -50,10 +42,7 @@ def launch(
     Raises:
         UsageError, WorkError: as `recover`; also WorkError where a process dies.
     """
-    request = make_request(
-        model, data, output, preset=preset, seed=seed, overwrite=overwrite, resume=resume, teacher=teacher,
-        evaluation=evaluation, **_given(max_tokens, seq_len), **changes,
-    )  # fmt: skip
+    request = make_request(model, data, output, **arguments)
     check_output(request)
     with tempfile.TemporaryDirectory(prefix="gqaprune_") as scratch:
         config, failure = Path(scratch) / REQUEST_FILE, Path(scratch) / "failure.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,9 @@ def training_log(
     model = trainer.model
     return {
         "version": LOG_VERSION,
-        "teacher": request.teacher and Path(request.teacher).name,
+        "teacher": request.config.teacher and Path(request.config.teacher).name,
         "seed": request.seed,
-        "settings": asdict(request.settings),
+        "settings": {name: value for name, value in request.config.to_dict().items() if name not in ("data", "teacher")},
         "data": data.record(),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "processes": steps.processes,

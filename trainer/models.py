@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import ModelFolder
-from ..configuration import Settings
+from ..configuration import RecoveryConfig
 from ..errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 _LARGE = 1_000_000_000
 
 
-def training_dtype(folder: ModelFolder, settings: Settings) -> torch.dtype:
+def training_dtype(folder: ModelFolder, config: RecoveryConfig) -> torch.dtype:
     """What the weights are held in while they train.
 
     All weights need float32: an update is smaller than a half-precision weight can show. A frozen base stays as it
     is, but for float16, whose activations overflow without loss scaling.
     """
-    return torch.float32 if settings.method == "full" else computable_dtype(folder)
+    return torch.float32 if config.method == "full" else computable_dtype(folder)
 
 
 def computable_dtype(folder: ModelFolder) -> torch.dtype:
@@ -39,9 +39,9 @@ def autocast_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def quantization(settings: Settings) -> Any:
+def quantization(config: RecoveryConfig) -> Any:
     """`BitsAndBytesConfig` for `quantize`, None without. Raises [`UsageError`] where bitsandbytes is missing."""
-    if settings.quantize is None:
+    if config.quantize is None:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError("quantize=4bit needs bitsandbytes: pip install bitsandbytes")
@@ -55,13 +55,13 @@ def quantization(settings: Settings) -> Any:
     )
 
 
-def check_trackers(settings: Settings) -> None:
+def check_trackers(config: RecoveryConfig) -> None:
     """Raise [`UsageError`] for a tracker in `report_to` that transformers does not know or that is not installed."""
-    if not settings.report_to:
+    if not config.report_to:
         return
     from transformers.integrations import integration_utils
 
-    for name in settings.report_to:
+    for name in config.report_to:
         if name not in integration_utils.INTEGRATION_TO_CALLBACK:
             raise unknown("tracker in report_to:", name, integration_utils.INTEGRATION_TO_CALLBACK)
         if name not in integration_utils.get_available_reporting_integrations():
@@ -81,23 +81,23 @@ def lora_targets(model: PreTrainedModel) -> list[str]:
     return sorted(names)
 
 
-def lora_config(model: PreTrainedModel, settings: Settings) -> LoraConfig:
+def lora_config(model: PreTrainedModel, config: RecoveryConfig) -> LoraConfig:
     """peft's configuration for `model`."""
     from peft import LoraConfig
 
     return LoraConfig(
         task_type="CAUSAL_LM",
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        use_rslora=settings.rslora,
-        use_dora=settings.dora,
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        use_rslora=config.rslora,
+        use_dora=config.dora,
         target_modules=lora_targets(model),
     )
 
 
-def recompute_activations(model: PreTrainedModel, settings: Settings) -> bool:
+def recompute_activations(model: PreTrainedModel, config: RecoveryConfig) -> bool:
     """Whether to trade time for memory."""
-    if settings.activation_checkpointing is not None:
-        return settings.activation_checkpointing
+    if config.activation_checkpointing is not None:
+        return config.activation_checkpointing
     return model.num_parameters() >= _LARGE

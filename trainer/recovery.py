@@ -1,4 +1,4 @@
-"""A pruned checkpoint and text go in; the recovered checkpoint comes out. `accelerate launch` starts `main`."""
+"""Train a pruned checkpoint on text; `accelerate launch` starts `main` in every process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..configuration import RecoveryConfig
 from ..errors import UsageError, WorkError
 from ..utils import write_json
 from .request import make_request, request_from_yaml
@@ -17,50 +18,43 @@ from .train import train
 
 
 def recover(
-    model: str | Path,
-    data: Sequence[str],
-    output: str | Path,
+    model: str | os.PathLike[str],
+    data: Sequence[str] | RecoveryConfig,
+    output: str | os.PathLike[str],
     *,
-    preset: str = "default",
-    max_tokens: int | None = None,
-    seq_len: int | None = None,
     seed: int = 0,
+    evaluation: Sequence[str] = (),
     overwrite: bool = False,
     resume: bool = False,
-    teacher: str | Path | None = None,
-    evaluation: Sequence[str] = (),
-    **changes: Any,
+    **settings: Any,
 ) -> Path:
-    """Train a checkpoint, in this process (one of several under `accelerate launch`), and write the merged result.
+    """Train a checkpoint in this process (one of several under `accelerate launch`), and write the merged result.
 
     While it runs, checkpoints lie in `OUTPUT.training`; they are kept if it fails and removed when it is done.
 
     Args:
         model: folder or Hub id of a causal LM, pruned or not.
-        data: names, files or dataset ids (`PATH[:CONFIG]`), each with an optional weight: `books.txt=0.7`.
+        data: names, files or dataset ids (`PATH[:CONFIG]`), each with an optional weight (`books.txt=0.7`), none for those
+            of the preset; or a whole [`RecoveryConfig`].
         output: folder that receives the merged checkpoint, `training_log.json`, and the adapter as `adapter/`.
-        preset: name in `presets.PRESETS`.
-        max_tokens: training tokens.
-        seq_len: tokens per row; None: what the model holds, at most 2048.
         seed: of data order and adapter weights.
+        evaluation: texts that will be evaluated on; training on one of them is refused.
         overwrite: replace `output`.
         resume: go on from the last whole checkpoint, to the same weights as if it had never stopped.
-        teacher: folder or Hub id of the dense model, to distil from.
-        evaluation: texts that will be evaluated on; training on one of them is refused.
-        changes: other fields of `presets.Settings`.
+        settings: fields of [`RecoveryConfig`], such as `preset`, `teacher` or `max_tokens`.
 
     Returns:
         `output`.
 
     Raises:
-        UsageError: the request makes no sense; said before any training.
+        UsageError: the request makes no sense; raised before any training.
         WorkError: a loss that is not finite, a full disk; the last whole checkpoint is kept.
     """
-    request = make_request(
-        model, data, output, preset=preset, seed=seed, overwrite=overwrite, resume=resume, teacher=teacher,
-        evaluation=evaluation, **_given(max_tokens, seq_len), **changes,
-    )  # fmt: skip
-    return train(request)
+    return train(
+        make_request(
+            model, data, output, seed=seed, evaluation=evaluation, overwrite=overwrite, resume=resume, **settings
+        )
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,11 +90,6 @@ def recover_from(config: str | Path) -> Path:
     if not path.is_file():
         raise UsageError(f"no such file: {path}")
     return train(request_from_yaml(path.read_text(encoding="utf-8")))
-
-
-def _given(max_tokens: int | None, seq_len: int | None) -> dict[str, int]:
-    """Without what the preset decides."""
-    return {name: value for name, value in (("max_tokens", max_tokens), ("seq_len", seq_len)) if value is not None}
 
 
 if __name__ == "__main__":

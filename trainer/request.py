@@ -1,17 +1,17 @@
-"""What one recovery was asked to do: checked before any work, written for `accelerate launch`, compared on resume."""
+"""Check what a recovery is asked for, write it for `accelerate launch`, and compare it on resume."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..checkpoint import ModelFolder, resolve_model
-from ..configuration import PRESET_DATA, Settings, resolve
+from ..checkpoint import resolve_model
+from ..configuration import Recipe, RecoveryConfig
 from ..data import text_paths
 from ..errors import UsageError, unknown
 from ..utils import alone, occupied, refuse_existing, refuse_lost
@@ -25,8 +25,6 @@ _SEQ_LEN = 2048
 _ROWS, _MOST_TOKENS = 16, 16384
 #: learning rate times hidden size: what a weight may change by in one step of Adam shrinks with the width it sums over
 _RATE = {"lora": 1.0, "full": 0.2}
-#: of numpy, which transformers seeds too
-_LARGEST_SEED = 2**32 - 1
 #: fields that may differ between an interrupted run and the one that resumes it
 _FREE = ("overwrite", "resume")
 
@@ -37,22 +35,18 @@ class Request:
 
     Attributes:
         model: folder or Hub id of the checkpoint to train.
-        data: training sources.
+        config: how to train, and on what; `seq_len`, `batch_tokens` and `learning_rate` are set.
         output: folder of the recovered checkpoint.
-        settings: how to train; `seq_len`, `batch_tokens` and `learning_rate` are set.
         seed: of data order and adapter weights.
-        teacher: folder or Hub id of the dense model, None without distillation.
         evaluation: texts that will be evaluated on; refused as training data.
         overwrite: replace `output` and an unfinished training.
         resume: go on from the last whole checkpoint.
     """
 
     model: str
-    data: tuple[str, ...]
+    config: RecoveryConfig
     output: str
-    settings: Settings
     seed: int = 0
-    teacher: str | None = None
     evaluation: tuple[str, ...] = ()
     overwrite: bool = False
     resume: bool = False
@@ -64,88 +58,84 @@ class Request:
         return output.parent / f"{output.name}.training"
 
     def to_dict(self) -> dict[str, Any]:
-        """Arguments of `make_request` that make an equal request, JSON-ready."""
-        values = asdict(self)
-        settings = values.pop("settings")
-        return _plain({**values, **settings})
+        """Return the arguments of `make_request` that make an equal request, JSON-ready."""
+        values = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.name != "config"}
+        return {**values, "evaluation": list(self.evaluation), **self.config.to_dict()}
 
 
 def make_request(
-    model: str | Path | ModelFolder,
-    data: Sequence[str],
-    output: str | Path,
+    model: str | os.PathLike[str],
+    data: Sequence[str] | RecoveryConfig,
+    output: str | os.PathLike[str],
     *,
-    preset: str = "default",
     seed: int = 0,
+    evaluation: Sequence[str] = (),
     overwrite: bool = False,
     resume: bool = False,
-    teacher: str | Path | None = None,
-    evaluation: Sequence[str] = (),
-    **changes: Any,
+    **settings: Any,
 ) -> Request:
-    """Check everything that can be checked without reading the training text. Raises [`UsageError`] as `recover`."""
-    settings = _resolved(preset, changes, teacher is not None)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _LARGEST_SEED:
-        raise UsageError(f"seed={seed!r} must be a whole number from 0 to {_LARGEST_SEED}")
-    sources = tuple([data] if isinstance(data, str) else data) or PRESET_DATA.get(preset, ())
-    if not sources:
+    """Check everything that can be checked without reading the training text; see [`recover`] for the arguments.
+
+    Raises:
+        UsageError: the request makes no sense.
+    """
+    if isinstance(data, RecoveryConfig):
+        config = replace(data, **settings)
+    else:
+        sources = {"data": [data] if isinstance(data, str) else tuple(data)} if data else {}
+        config = RecoveryConfig.from_preset(**sources, **settings)
+    if problem := Recipe.problem("seed", seed):
+        raise UsageError(problem)
+    if not config.data:
         raise UsageError("no training text was named: pass --data NAME_OR_FILE")
     folder = resolve_model(model)
-    config = folder.config
     folder.check_weights()
-    limit = getattr(config, "max_position_embeddings", None)
-    seq_len = settings.seq_len or min(_SEQ_LEN, limit or _SEQ_LEN)
+    limit = getattr(folder.config, "max_position_embeddings", None)
+    seq_len = config.seq_len or min(_SEQ_LEN, limit or _SEQ_LEN)
     if limit is not None and seq_len > limit:
         raise UsageError(f"seq_len={seq_len} is longer than the {limit} positions of {folder}: lower --seq-len")
-    models = [folder]
-    if teacher is not None:
-        models.append(resolve_model(teacher))
-        vocabulary = models[-1].config.vocab_size
-        if vocabulary != config.vocab_size:
+    read = [folder]
+    if config.teacher is not None:
+        teacher = resolve_model(config.teacher)
+        read.append(teacher)
+        vocabulary = teacher.config.vocab_size
+        if vocabulary != folder.config.vocab_size:
             raise UsageError(
-                f"the teacher {teacher} has a vocabulary of {vocabulary}, {folder} one of {config.vocab_size}: "
-                "give the dense model it was pruned from"
+                f"the teacher {config.teacher} has a vocabulary of {vocabulary}, {folder} one of "
+                f"{folder.config.vocab_size}: give the dense model it was pruned from"
             )
-    quantization(settings)
-    check_trackers(settings)
-    request = Request(
-        model=str(model),
-        data=sources,
-        output=str(output),
-        settings=replace(
-            settings,
-            seq_len=seq_len,
-            batch_tokens=settings.batch_tokens or min(_ROWS * seq_len, _MOST_TOKENS),
-            learning_rate=settings.learning_rate or _RATE[settings.method] / config.hidden_size,
-        ),
-        seed=seed,
-        teacher=None if teacher is None else str(teacher),
-        evaluation=tuple(evaluation),
-        overwrite=overwrite,
-        resume=resume,
+    quantization(config)
+    check_trackers(config)
+    resolved = replace(
+        config,
+        seq_len=seq_len,
+        batch_tokens=config.batch_tokens or min(_ROWS * seq_len, _MOST_TOKENS),
+        learning_rate=config.learning_rate or _RATE[config.method] / folder.config.hidden_size,
     )
+    request = Request(os.fspath(model), resolved, os.fspath(output), seed, tuple(evaluation), overwrite, resume)
     for replaced in (request.output, request.work):
-        refuse_lost(replaced, [*models, *text_paths((*sources, *evaluation))])
+        refuse_lost(replaced, [*read, *text_paths((*config.data, *evaluation))])
     return request
 
 
 def request_from_yaml(text: str) -> Request:
-    """The request whose arguments for `make_request` are in `text`. Raises [`UsageError`] for what is not one."""
+    """Read the request whose arguments for `make_request` are in `text`. Raises [`UsageError`] for anything else."""
     try:
-        data = yaml.safe_load(text)
+        values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"the recovery's configuration is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
+    if not isinstance(values, dict):
         raise UsageError("the recovery's configuration must be a mapping, with model, data and output")
-    names = [name for name in inspect.signature(make_request).parameters if name != "changes"]
-    names += Settings.__dataclass_fields__
-    for name in data:
-        if name not in names:
-            raise unknown("key in the recovery's configuration:", name, names)
+    names = [spec.name for spec in fields(Request) if spec.name != "config"]
+    for name in values:
+        if name not in names and name not in RecoveryConfig.names():
+            raise unknown("key in the recovery's configuration:", name, [*names, *RecoveryConfig.names()])
     for name in ("model", "output"):
-        if name not in data:
+        if name not in values:
             raise UsageError(f"the recovery's configuration does not name {name}")
-    return make_request(**{"data": (), **data})
+    config = RecoveryConfig.from_dict({name: value for name, value in values.items() if name not in names})
+    own = {name: value for name, value in values.items() if name in names and name not in ("model", "output")}
+    return make_request(values["model"], config, values["output"], **own)
 
 
 def check_output(request: Request) -> None:
@@ -169,20 +159,3 @@ def check_output(request: Request) -> None:
             f"{request.work} was started with other values of {', '.join(differing)}: repeat them, or start anew with "
             "--overwrite and without --resume"
         )
-
-
-def _resolved(preset: str, changes: Mapping[str, Any], has_teacher: bool) -> Settings:
-    settings = resolve(preset, changes)
-    if has_teacher:
-        if not (settings.distillation or settings.blockwise_tokens):
-            raise UsageError(f"preset {preset} has no use for a teacher: set distillation, or leave --teacher out")
-        return settings
-    if changes.get("distillation") or changes.get("blockwise_tokens"):
-        raise UsageError("distillation and block-wise reconstruction need the dense model: pass --teacher")
-    return replace(settings, distillation=0.0, blockwise_tokens=0)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

@@ -25,7 +25,7 @@ from ..checkpoint import (
     resolve_model,
     write_checkpoint,
 )
-from ..configuration import Settings
+from ..configuration import RecoveryConfig
 from ..errors import UsageError, WorkError
 from ..utils import alone, drop, new_folder, within, write_json, write_text
 from . import checkpoints
@@ -62,7 +62,7 @@ def _train(request: Request, held: ExitStack) -> Path:
 
     state = PartialState(cpu=not has_accelerator())
     folder = resolve_model(request.model)
-    data = load_data(folder.tokenizer, request.data, request.settings, seed=request.seed, evaluation=request.evaluation)
+    data = load_data(folder.tokenizer, request.config, seed=request.seed, evaluation=request.evaluation)
     steps = plan_steps(request, len(data.train), state.num_processes)
     base = fingerprint(folder) if state.is_main_process else ""
     if state.is_main_process:
@@ -74,7 +74,7 @@ def _train(request: Request, held: ExitStack) -> Path:
         checkpoints.remove_incomplete(request.work)
 
     def finish(checkpoint: Path) -> None:
-        if request.settings.method == "lora":
+        if request.config.method == "lora":
             write_adapter_identity(checkpoint, request.model, folder, base)
 
     with within(state.device, _smaller(request)):
@@ -103,13 +103,13 @@ def _train(request: Request, held: ExitStack) -> Path:
 
 def _smaller(request: Request) -> str:
     """What takes less of a GPU's memory."""
-    settings = request.settings
-    ways = [f"lower device_tokens ({settings.device_tokens}) or seq_len ({settings.seq_len})"]
-    if request.teacher is not None and settings.distillation and not settings.teacher_cache:
+    config = request.config
+    ways = [f"lower device_tokens ({config.device_tokens}) or seq_len ({config.seq_len})"]
+    if config.teacher is not None and config.distillation and not config.teacher_cache:
         ways.append("set teacher_cache=true")
-    if settings.method == "full":
+    if config.method == "full":
         ways.append("set method=lora")
-    elif settings.quantize is None:
+    elif config.quantize is None:
         ways.append("set quantize=4bit")
     return f"{', or '.join(ways)}, and start anew"
 
@@ -129,17 +129,17 @@ def _make_trainer(
 ) -> RecoveryTrainer:
     from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 
-    settings = request.settings
+    config = request.config
     # before the adapter is drawn
     set_seed(request.seed)
-    model: Any = folder.load(training_dtype(folder, settings), **_placement(request))
-    recompute = recompute_activations(model, settings)
-    adapter = lora_config(model, settings) if settings.method == "lora" else None
+    model: Any = folder.load(training_dtype(folder, config), **_placement(request))
+    recompute = recompute_activations(model, config)
+    adapter = lora_config(model, config) if config.method == "lora" else None
     dense = None
-    if request.teacher is not None and settings.blockwise_tokens and not resumed:
-        dense = _dense_model(request.teacher)
+    if config.teacher is not None and config.blockwise_tokens and not resumed:
+        dense = _dense_model(config.teacher)
         model, adapter = _reconstructed(model, adapter, dense, data, request, steps), None
-    patience = settings.patience
+    patience = config.patience
     trainer = RecoveryTrainer(
         model=model,
         args=_arguments(request, data, steps, recompute),
@@ -148,11 +148,11 @@ def _make_trainer(
         processing_class=folder.tokenizer,
         peft_config=adapter,
         callbacks=[EarlyStoppingCallback(patience)] if patience is not None and data.held_out else [],
-        weight=settings.distillation,
+        weight=config.distillation,
         finish=finish,
     )
-    if request.teacher is not None and settings.distillation:
-        make_dense = functools.partial(_dense_model, request.teacher) if dense is None else lambda: dense
+    if config.teacher is not None and config.distillation:
+        make_dense = functools.partial(_dense_model, config.teacher) if dense is None else lambda: dense
         trainer.teacher = _teacher(trainer, make_dense, request, steps)
     # stands in for the progress bar where there is no terminal, and prints every log entry
     trainer.remove_callback(PrinterCallback)
@@ -162,10 +162,10 @@ def _make_trainer(
 def _arguments(request: Request, data: TrainingData, steps: Steps, recompute: bool) -> SFTConfig:
     from trl import SFTConfig
 
-    settings = request.settings
+    config = request.config
     held_out = data.held_out is not None
-    eval_steps = math.ceil(steps.total / settings.evaluations)
-    keep_best = settings.patience is not None and held_out
+    eval_steps = math.ceil(steps.total / config.evaluations)
+    keep_best = config.patience is not None and held_out
     # the name that transformers < 5.20 knows warns in later ones
     names = [field.name for field in fields(SFTConfig)]
     checkpointing = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names)
@@ -175,12 +175,12 @@ def _arguments(request: Request, data: TrainingData, steps: Steps, recompute: bo
         # packed rows arrive as one; single ones can be told apart
         per_device_eval_batch_size=1 if data.packed else steps.rows,
         gradient_accumulation_steps=steps.accumulation,
-        num_train_epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=round(settings.warmup * steps.total),
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
+        num_train_epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=round(config.warmup * steps.total),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
         seed=request.seed,
         data_seed=request.seed,
         bf16=autocast_bf16(),
@@ -199,12 +199,12 @@ def _arguments(request: Request, data: TrainingData, steps: Steps, recompute: bo
         eval_on_start=held_out,
         prediction_loss_only=True,
         save_strategy="steps",
-        save_steps=eval_steps if keep_best else math.ceil(steps.total / settings.checkpoints),
+        save_steps=eval_steps if keep_best else math.ceil(steps.total / config.checkpoints),
         save_total_limit=2,
         load_best_model_at_end=keep_best,
         metric_for_best_model="eval_loss" if keep_best else None,
         greater_is_better=False if keep_best else None,
-        report_to=list(settings.report_to) or "none",
+        report_to=list(config.report_to) or "none",
         disable_tqdm=not sys.stderr.isatty(),
         **{checkpointing: recompute},
     )
@@ -214,7 +214,7 @@ def _placement(request: Request) -> dict[str, Any]:
     """Options of `from_pretrained` for a quantized base, which is put on its device as it is read."""
     from accelerate import PartialState
 
-    config = quantization(request.settings)
+    config = quantization(request.config)
     return {} if config is None else {"quantization_config": config, "device_map": {"": PartialState().device}}
 
 
@@ -232,26 +232,26 @@ def _teacher(
     """The dense model itself, or its predictions for every training row, written to disk by all processes together."""
     from accelerate import PartialState
 
-    settings = request.settings
-    if not settings.teacher_cache:
-        return Teacher(dense(), settings.top_k, settings.temperature)
+    config = request.config
+    if not config.teacher_cache:
+        return Teacher(dense(), config.top_k, config.temperature)
     state, cache = PartialState(), request.work / "teacher"
     own = cache / f"{state.process_index}-of-{state.num_processes}"
     if not is_cached(own):
         rows = trainer.train_dataset
         mine = range(state.process_index * steps.rows, len(rows), state.num_processes * steps.rows)
         batches = (trainer.data_collator([rows[i] for i in range(at, min(at + steps.rows, len(rows)))]) for at in mine)
-        with _set_aside(trainer.model, settings):
-            write_cache(Teacher(dense(), settings.top_k, settings.temperature), batches, own, state.device)
+        with _set_aside(trainer.model, config):
+            write_cache(Teacher(dense(), config.top_k, config.temperature), batches, own, state.device)
     state.wait_for_everyone()
-    return TeacherCache(cache, settings.temperature)
+    return TeacherCache(cache, config.temperature)
 
 
 @contextmanager
-def _set_aside(model: Any, settings: Settings) -> Iterator[None]:
+def _set_aside(model: Any, config: RecoveryConfig) -> Iterator[None]:
     """Keep the model in the memory of the host, so that a GPU need not hold two; one of four bits is small and stays."""
     device = model.device
-    moved = device.type == "cuda" and settings.quantize is None
+    moved = device.type == "cuda" and config.quantize is None
     if moved:
         model.to("cpu")
         torch.cuda.empty_cache()
@@ -270,13 +270,13 @@ def _reconstructed(
     from accelerate import PartialState
     from peft import get_peft_model
 
-    settings = request.settings
+    config = request.config
     if adapter is not None:
         model = get_peft_model(model, adapter)
-    full = [ids for ids in data.train["input_ids"] if len(ids) == settings.seq_len]
-    wanted = max(1, settings.blockwise_tokens // (EPOCHS * (settings.seq_len or 1)))
+    full = [ids for ids in data.train["input_ids"] if len(ids) == config.seq_len]
+    wanted = max(1, config.blockwise_tokens // (EPOCHS * (config.seq_len or 1)))
     if not full:
-        raise UsageError(f"block-wise reconstruction needs rows of {settings.seq_len} tokens: give text")
+        raise UsageError(f"block-wise reconstruction needs rows of {config.seq_len} tokens: give text")
     model.to(PartialState().device)
     reconstruct(model, dense, torch.tensor(full[:wanted]), rows=min(steps.rows_per_step, len(full)), seed=request.seed)
     return model
@@ -306,7 +306,7 @@ def _evaluated_last(trainer: RecoveryTrainer) -> bool:
 
 def _write_output(request: Request, folder: ModelFolder, trained: Path, log: dict[str, Any]) -> None:
     """Write `request.output` in one step, then remove what the training left."""
-    adapter = request.settings.method == "lora"
+    adapter = request.config.method == "lora"
     # the trainer's pickled arguments name local paths
     (trained / "training_args.bin").unlink(missing_ok=True)
     if adapter:

@@ -1,4 +1,4 @@
-"""The command line: arguments in, one call per verb, an exit code out (0 done, 1 failed while working, 2 refused)."""
+"""Run the command line: one call per verb, and an exit code (0 done, 1 failed while working, 2 refused)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-
-from transformers.utils.logging import disable_progress_bar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from ..errors import UsageError, WorkError, unknown
 from . import arguments, verbs
@@ -45,13 +44,10 @@ VERBS: dict[str, tuple[AddArguments, Run, str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; an error is one line on stderr, its traceback shown by `--debug`."""
     line = list(sys.argv[1:] if argv is None else argv)
-    if not sys.stderr.isatty():
-        # read when `datasets` is imported, here and in the processes that are started
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        disable_progress_bar()
     debug = "--debug" in line
     try:
-        _run(line)
+        with _no_bars_in_logs():
+            _run(line)
     except UsageError as error:
         return _fail(error, 2, debug)
     except WorkError as error:
@@ -82,6 +78,20 @@ def make_parser() -> arguments.Parser:
     return parser
 
 
+@contextmanager
+def _no_bars_in_logs() -> Iterator[None]:
+    """Keep other libraries' progress bars out of a log: here and, through the environment, in processes that are started."""
+    names = () if sys.stderr.isatty() else ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update({name: "1" for name, value in before.items() if value is None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+
+
 def _run(line: list[str]) -> None:
     verb = next((word for word in line if not word.startswith("-")), None)
     if verb is not None and verb not in VERBS:
@@ -102,9 +112,9 @@ def _run(line: list[str]) -> None:
 
 
 def _rest(verb: str, args: argparse.Namespace) -> str:
-    """What the user can do after an interruption, where anything is kept."""
-    replayed = verb == "prune" and args.plan and args.compensation == "none"
-    if verb in ("run", "recover") or (verb in ("plan", "prune") and (args.memory or replayed)):
+    """Say how to go on after an interruption, where anything is kept."""
+    replayed = verb == "prune" and getattr(args, "plan", None) and getattr(args, "compensation", None) == "none"
+    if verb in ("run", "recover") or (verb in ("plan", "prune") and (getattr(args, "memory", None) or replayed)):
         return "; the same command with --resume goes on after the last stage, layer or checkpoint that was finished"
     return ""
 

@@ -1,6 +1,5 @@
 from .compare import PLOT as PLOT
 from .compare import REPORT as REPORT
-from .compare import Measurement as Measurement
 from .compare import compared as compared
 from .compare import measure as measure
 from .compare import refuse_same_names as refuse_same_names

@@ -1,9 +1,9 @@
-"""Checkpoints and texts go in; each one's measurements on the same tokens come out, and the report that compares them."""
+"""Measure checkpoints on the same tokens, and write the report that compares them."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..checkpoint import (
     seen,
     training,
 )
+from ..configuration import EvaluationConfig
 from ..data import Text, token_ids
 from ..errors import UsageError
 from ..models import PLAN_FILE
@@ -29,27 +30,7 @@ REPORT, PLOT = "report.json", "report.png"
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """What is measured of every checkpoint alike; see `evaluate_perplexity` and `evaluate_tasks` for the fields.
-
-    Attributes:
-        seq_len: None: the smallest default window of all the checkpoints.
-        device: as `devices.choose`; None: over all GPUs.
-    """
-
-    texts: tuple[Text, ...]
-    seq_len: int | None = None
-    stride: int | None = None
-    drop_tail: bool = False
-    max_chars: int | None = None
-    tasks: tuple[str, ...] = ()
-    include_path: str | None = None
-    limit: int | None = None
-    device: str | None = None
-
-
-@dataclass(frozen=True)
-class Measured:
+class CheckpointResult:
     """One checkpoint's results; `tasks` is None where none were asked for."""
 
     parameters: int
@@ -57,38 +38,45 @@ class Measured:
     tasks: dict[str, dict[str, float]] | None
 
 
-def measure(folders: Mapping[str, ModelFolder], what: Measurement, way_out: str) -> Iterator[tuple[str, Measured]]:
-    """Measure checkpoints one after the other, `{name: folder}`; each one's name and results as soon as they are there.
+def measure(
+    models: Mapping[str, ModelFolder], texts: Sequence[Text], config: EvaluationConfig, hint: str
+) -> Iterator[tuple[str, CheckpointResult]]:
+    """Measure checkpoints one after the other, `{name: folder}`, and yield each name with its results.
+
+    Args:
+        models: what to measure.
+        texts: the texts of `config.data`, loaded.
+        config: windows, tasks and device; `seq_len` None for the smallest default window of all the checkpoints.
+        hint: ends the message where the memory of a GPU is full.
 
     Raises:
         UsageError: before any model is loaded, for a checkpoint without weights or tokenizer, windows that one of the
-            models cannot run, and tokenizers that make other tokens of a text.
-        WorkError: the memory of a GPU is full, one line that ends in `way_out`; as `evaluate_perplexity`.
+            models cannot run, and tokenizers that cut a text into other tokens.
+        WorkError: the memory of a GPU is full; as `evaluate_perplexity`.
     """
-    configs = [folder.config for folder in folders.values()]
-    seq_len = what.seq_len or min(window(config, None, None)[0] for config in configs)
-    for config in configs:
-        window(config, seq_len, what.stride)
-    for folder in folders.values():
-        folder.check_weights()
-    tokenizers = {name: folder.tokenizer for name, folder in folders.items()}
-    texts = [replace(text, content=text.content[: what.max_chars]) for text in what.texts]
-    _check_tokens(tokenizers, texts)
-    device = choose(what.device)
-    for name, folder in folders.items():
-        with within(device, way_out):
-            model = folder.load(device=what.device)
+    configs = [model.config for model in models.values()]
+    seq_len = config.seq_len or min(window(each, None, None)[0] for each in configs)
+    for each in configs:
+        window(each, seq_len, config.stride)
+    for model in models.values():
+        model.check_weights()
+    texts = [replace(text, content=text.content[: config.max_chars]) for text in texts]
+    _check_tokens({name: model.tokenizer for name, model in models.items()}, texts)
+    device = choose(config.device)
+    for name, folder in models.items():
+        with within(device, hint):
+            model = folder.load(device=config.device)
             results = tuple(
                 evaluate_perplexity(
-                    model, tokenizers[name], text, seq_len=seq_len, stride=what.stride, drop_tail=what.drop_tail
+                    model, folder.tokenizer, text, seq_len=seq_len, stride=config.stride, drop_tail=config.drop_tail
                 )
                 for text in texts
             )
-            options: dict[str, Any] = {"include_path": what.include_path, "limit": what.limit}
-            tasks = evaluate_tasks(model, tokenizers[name], what.tasks, **options) if what.tasks else None
+            options: dict[str, Any] = {"include_path": config.include_path, "limit": config.limit}
+            tasks = evaluate_tasks(model, folder.tokenizer, config.tasks, **options) if config.tasks else None
             parameters = count_parameters(model)
             del model  # two of them may be too much for a GPU
-        yield name, Measured(parameters, results, tasks)
+        yield name, CheckpointResult(parameters, results, tasks)
 
 
 def _check_tokens(tokenizers: Mapping[str, Any], texts: Iterable[Text]) -> None:
@@ -119,11 +107,11 @@ def refuse_seen(texts: Iterable[Text], used: Iterable[Mapping[str, Any]]) -> Non
     refuse_overlap(used, [{"name": text.name, "split": text.split, "sha256": text.sha256} for text in texts])
 
 
-def compared(folders: Mapping[str, ModelFolder], texts: Iterable[Text], overwrite: bool) -> dict[str, ModelFolder]:
-    """The checkpoints that the last one's report will compare, `{stage: folder}`.
+def compared(models: Mapping[str, ModelFolder], texts: Iterable[Text], overwrite: bool) -> dict[str, ModelFolder]:
+    """Name the stages that the last checkpoint's report will compare, `{stage: folder}`.
 
     Args:
-        folders: the dense, the pruned and, where there is one, the recovered checkpoint, by the names they were given.
+        models: the dense, the pruned and, where there is one, the recovered checkpoint, by the names they were given.
         texts: what they will be measured on.
         overwrite: replace the report that is there.
 
@@ -131,18 +119,19 @@ def compared(folders: Mapping[str, ModelFolder], texts: Iterable[Text], overwrit
         UsageError: fewer or more, not in this order, of different plans, a last one that is no folder here, a report
             that exists, or texts that the weights have seen or that have one name.
     """
+    folders = {name: model.path for name, model in models.items()}
     if not 2 <= len(folders) <= 3:
         raise UsageError("a report compares DENSE PRUNED or DENSE PRUNED RECOVERED: name two or three checkpoints")
     names, places = list(folders), list(folders.values())
-    last = places[-1].path
+    last = places[-1]
     if not Path(names[-1]).is_dir():
         raise UsageError(f"{names[-1]} is no folder here, and its report is written into it: give a folder")
     for name, folder in list(folders.items())[1:]:
-        if not (folder.path / PLAN_FILE).is_file():
+        if not (folder / PLAN_FILE).is_file():
             raise UsageError(f"{name} has no {PLAN_FILE}: a report compares DENSE PRUNED [RECOVERED], in this order")
-    trained = [(folder.path / LOG_FILE).is_file() for folder in places]
+    trained = [(folder / LOG_FILE).is_file() for folder in places]
     if len(places) == 3:
-        hashes = [PruningPlan.load(folder.path / PLAN_FILE).hash() for folder in places[1:]]
+        hashes = [PruningPlan.load(folder / PLAN_FILE).hash() for folder in places[1:]]
         if hashes[0] != hashes[1]:
             raise UsageError(f"{names[1]} and {names[2]} were pruned by different plans: name what one was made of the other")
         if trained[1] and not trained[2]:
@@ -153,10 +142,12 @@ def compared(folders: Mapping[str, ModelFolder], texts: Iterable[Text], overwrit
     refuse_same_names(texts)
     refuse_seen(texts, seen(last))
     stages = ["dense", "pruned", "recovered"] if len(places) == 3 else ["dense", "recovered" if trained[1] else "pruned"]
-    return dict(zip(stages, places, strict=True))
+    return dict(zip(stages, models.values(), strict=True))
 
 
-def write_report(model: str, stages: Mapping[str, ModelFolder], measured: Iterable[Measured], target: Path) -> Report:
+def write_report(
+    model: str, stages: Mapping[str, ModelFolder], measured: Iterable[CheckpointResult], target: Path
+) -> Report:
     """Write the report and its picture into `target`, over those that are there.
 
     Args:

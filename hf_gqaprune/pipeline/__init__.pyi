@@ -1,4 +1,4 @@
 from .prune import plan_model as plan_model
 from .prune import prune_model as prune_model
-from .request import PruneRequest as PruneRequest
+from .runner import RunResult as RunResult
 from .runner import run as run

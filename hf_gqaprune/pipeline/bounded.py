@@ -1,6 +1,6 @@
-"""A prepared request goes in; the plan, or the pruned checkpoint, is written with one decoder layer in memory at a time.
+"""Run a prepared request with one decoder layer in memory at a time.
 
-Statistics wait in a hidden folder until what they are for is whole, so that `--resume` finds them at any later step.
+Statistics stay in a hidden folder until the plan or checkpoint they serve is complete, so that `--resume` finds them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from pathlib import Path
 
 from ..models import ModelShape
 from ..plan import PruningPlan
-from ..selection import Demand, make_plan
+from ..selection import make_plan
 from ..statistics import CRITERIA, Statistics
 from ..streaming import (
-    Layers,
     holds,
     made_from,
     moments_room,
@@ -40,15 +39,16 @@ from ..utils import (
     write_json,
 )
 from .request import Prepared, record
+from .stages import timed
 
 _WAY_OUT = "what was finished is kept for --resume; more --memory, a shorter --seq-len, or --device cpu"
 
 
 @contextmanager
 def measured(prepared: Prepared, target: Path, *, overwrite: bool, resume: bool) -> Iterator[Statistics]:
-    """The statistics that a request names, or streamed ones, kept beside `target` until the block ends without an error.
+    """Yield the statistics that a request names, or measure them beside `target` and drop them when the block succeeds.
 
-    Beside `save_statistics` where that is asked for, which then becomes their name.
+    With `save_statistics` they are measured beside that folder and take its name in the end.
 
     Raises:
         UsageError: `save_statistics` exists, or the folder is of an interrupted call and this one may not go on with it.
@@ -69,7 +69,7 @@ def measured(prepared: Prepared, target: Path, *, overwrite: bool, resume: bool)
 
 
 def prune_bounded(prepared: Prepared, output: str | Path, *, overwrite: bool, resume: bool) -> PruningPlan:
-    """Measure, decide and prune layer by layer, or replay a saved plan; what `prune_model` says of `request.memory`.
+    """Measure, decide and prune layer by layer, or replay a saved plan; what `prune_model` says of `request.pruning.memory`.
 
     Returns:
         The plan that was applied.
@@ -81,20 +81,20 @@ def prune_bounded(prepared: Prepared, output: str | Path, *, overwrite: bool, re
     request, target = prepared.request, Path(output)
     # hours before prune_checkpoint would say so
     refuse_unfinished(working_folder(target), resume, overwrite)
-    refuse_lost(target, [prepared.folder, *filter(None, [request.statistics])])
-    compensation = request.fitting
+    refuse_lost(target, [prepared.source, *filter(None, [request.statistics])])
+    compensation = request.compensation
     if prepared.plan is not None and compensation == "none":
         prune_checkpoint(
-            prepared.folder, prepared.plan, target, overwrite=overwrite, resume=resume, known=record(prepared)
+            prepared.source, prepared.plan, target, overwrite=overwrite, resume=resume, known=record(prepared)
         )
         return prepared.plan
     _check_room(prepared, target)
     with measured(prepared, target, overwrite=overwrite, resume=resume) as statistics:
-        plan = prepared.plan or make_plan(statistics, **request.demand())
+        plan = prepared.plan or make_plan(statistics, prepared.selection())
         moments = statistics if compensation != "none" else None
-        with _bounded(prepared):
+        with timed("pruning"), _bounded(prepared):
             prune_checkpoint(
-                prepared.folder, plan, target, moments,
+                prepared.source, plan, target, moments,
                 compensation=compensation, overwrite=overwrite, resume=resume, device=prepared.device, spare=_spare(prepared),
                 known=record(prepared),
             )  # fmt: skip
@@ -114,15 +114,15 @@ def _check_room(prepared: Prepared, target: Path) -> None:
     Said before hours of measuring; what is looked at alone is checked again by those who write it.
     """
     request, measured_now = prepared.request, prepared.statistics is None
-    layers = Layers(prepared.folder)
-    source, dtype, rule = ModelShape.from_config(layers.config), layers.dtype, CRITERIA[prepared.measured]
+    source, dtype = ModelShape.from_config(prepared.source.config), prepared.source.dtype
+    rule = CRITERIA[prepared.criterion_to_measure]
     left = source.cost.parameters
     if prepared.plan is not None:
         left = prepared.plan.after.parameters
-    elif request.rates is None:
-        left -= round(Demand(**request.demand()).budget(source).parameters)
+    elif prepared.budget is not None and request.pruning.rates is None:
+        left -= round(prepared.budget.parameters)
     windows = prepared.calibration if measured_now else prepared.statistics and prepared.statistics.calibration
-    refitted = windows is not None and request.fitting == "least_squares"
+    refitted = windows is not None and request.compensation == "least_squares"
     held = holds(prepared.device, _spare(prepared))
     streams = streams_room(windows.tokens, source.hidden_size, dtype, held) if windows and refitted else 0
     moments = sum(moments_room(source, rule)) if measured_now and windows else 0
@@ -137,30 +137,31 @@ def _check_room(prepared: Prepared, target: Path) -> None:
 
 
 def _measured_folder(place: Path) -> Path:
-    """Where statistics wait until `place`, which they are for, is whole."""
+    """Return where the statistics for `place` stay until it is complete."""
     return place.absolute().parent / f".{place.name}.measured"
 
 
 def _bounded(prepared: Prepared) -> AbstractContextManager[None]:
-    """Where all that computes is done."""
-    memory = prepared.request.memory
+    """Bound the memory of what computes in the block."""
+    memory = prepared.request.pruning.memory
     return within(prepared.device, _WAY_OUT, parse_size(memory) if memory else None)
 
 
 @contextmanager
 def _streamed(prepared: Prepared, working: Path, *, overwrite: bool, resume: bool) -> Iterator[Statistics]:
     """Measure into `working`, or take what an interrupted call has measured there; until the block ends it is this call's."""
-    folder, seed, device = prepared.folder, prepared.request.seed, prepared.device
-    inputs = made_from(folder, prepared.calibration, prepared.measured, seed, device)
+    source, seed, device = prepared.source, prepared.request.seed, prepared.device
+    criterion = prepared.criterion_to_measure
+    inputs = made_from(source, prepared.calibration, criterion, seed, device)
     done = working / "statistics"
     with begun(working, resume, overwrite, inputs) as noted:
         write_json(working / PROGRESS, noted)
         if not done.exists():
             # what `begun` let through was begun with the same inputs
-            with _bounded(prepared):
+            with timed("statistics"), _bounded(prepared):
                 stream_statistics(
-                    folder, prepared.calibration, done,
-                    criterion=prepared.measured, seed=seed, resume=True, device=device, spare=_spare(prepared),
+                    source, prepared.calibration, done,
+                    criterion=criterion, seed=seed, resume=True, device=device, spare=_spare(prepared),
                 )  # fmt: skip
         yield Statistics.load(done)
 

@@ -1,75 +1,25 @@
-"""A request to prune goes in, checked against config, names and texts; nothing of the weights but their headers is read."""
+"""Check a request to prune against config, names and texts before any weight is read."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..checkpoint import ModelFolder, read_identity, resolve_model
-from ..data import Calibration, draw, drawing, texts_of
-from ..errors import UsageError, unknown
+from ..configuration import DEFAULT_CRITERION, PruneRequest, PruningConfig
+from ..data import Calibration, Text, draw, drawing, texts_of
+from ..errors import UsageError
 from ..models import ModelShape
 from ..plan import PruningPlan
-from ..selection import Demand, check_budget
-from ..statistics import CRITERIA, DEFAULT, Statistics
+from ..selection import Budget, check_budget
+from ..statistics import CRITERIA, Statistics
 from ..streaming import Layers, Work, check_bound, check_gpu
-from ..surgery import COMPENSATIONS
 from ..utils import AUTO, choose, distributed, parse_size
 
-#: the criterion that is measured for a saved plan, which needs no curves, only what re-fitting reads
+#: the criterion that is measured for a saved plan, which needs no curves, only the moments of a refit
 FOR_REFITTING = "magnitude"
-
-
-@dataclass(frozen=True)
-class PruneRequest:
-    """What `plan` and `prune` are asked for; see `make_plan`, `prune` and `Calibration.from_text` for the fields.
-
-    Attributes:
-        compensation: None: `natural_gradient`, or with `memory` the best that needs no whole model, `least_squares`.
-        memory: bound on the memory of the GPU that is used, or else of the process, such as `8GiB`; the model is then read
-            layer by layer.
-        device: `cpu`, `cuda` or `cuda:N`; None: the first GPU, or the CPU where there is none; `auto`: over all GPUs.
-    """
-
-    model: str
-    ratio: float | None = None
-    backbone_ratio: float | None = None
-    criterion: str | None = None
-    allocation: str | None = None
-    temperature: float | None = None
-    attention_share: float | None = None
-    rates: tuple[float, ...] | None = None
-    min_kv_heads: int = 1
-    min_ffn: int = 1
-    keep_layers: tuple[int, ...] = ()
-    round_to: int | None = None
-    compensation: str | None = None
-    calibration: tuple[str, ...] = ()
-    samples: int = 128
-    seq_len: int | None = None
-    seed: int = 0
-    statistics: str | None = None
-    save_statistics: str | None = None
-    plan: str | None = None
-    memory: str | None = None
-    device: str | None = None
-
-    @property
-    def fitting(self) -> str:
-        """The compensation, whether it was named or not."""
-        return self.compensation or ("least_squares" if self.memory else "natural_gradient")
-
-    @property
-    def streamed(self) -> bool:
-        """Whether it is done layer by layer: within a bound, or because a saved plan is only replayed."""
-        return self.memory is not None or (self.plan is not None and self.fitting == "none")
-
-    def demand(self) -> dict[str, Any]:
-        """The arguments of `make_plan` that say how much goes, and from where."""
-        names = [field.name for field in fields(Demand) if field.name != "bias"]
-        return {name: getattr(self, name) for name in names} | {"bias": self.fitting == "bias"}
 
 
 @dataclass(frozen=True)
@@ -77,22 +27,31 @@ class Prepared:
     """A request whose every part was found to make sense, before any weight was read.
 
     Attributes:
+        source: the model that is pruned, its parts opened once.
+        criterion: what units are ranked by.
+        budget: what is removed; None for a saved plan.
+        calibration: windows to measure on; None where nothing is measured, or saved statistics hold them.
         spare: bytes of a bound on memory that the work leaves.
     """
 
     request: PruneRequest
     device: torch.device
-    folder: ModelFolder
+    source: ModelFolder
     criterion: str
+    budget: Budget | None
     plan: PruningPlan | None
     statistics: Statistics | None
     calibration: Calibration | None
     spare: int = 0
 
     @property
-    def measured(self) -> str:
-        """The criterion to measure."""
+    def criterion_to_measure(self) -> str:
+        """The criterion of the calibration pass."""
         return self.criterion if self.plan is None else FOR_REFITTING
+
+    def selection(self) -> PruningConfig:
+        """Return what `make_plan` takes of the request."""
+        return replace(self.request.pruning, memory=None, device=None)
 
 
 def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
@@ -100,57 +59,52 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
 
     Args:
         request: what is asked for.
-        planning_only: no weights will be written, so that nothing has to be re-fitted.
+        planning_only: no weights will be written, so that nothing has to be refitted.
 
     Raises:
         UsageError: for whatever makes no sense.
     """
+    pruning, replayed = request.pruning, request.plan is not None
     device = _device(request)
     statistics = Statistics.load(request.statistics) if request.statistics else None
-    criterion = request.criterion or (statistics.criterion if statistics else DEFAULT)
-    if criterion not in CRITERIA:
-        raise unknown("criterion", criterion, CRITERIA)
-    if statistics is not None and request.plan is None and criterion != statistics.criterion:
+    criterion: str = pruning.criterion or (statistics.criterion if statistics else DEFAULT_CRITERION)
+    if statistics is not None and not replayed and criterion != statistics.criterion:
         raise UsageError(
             f"the statistics in {request.statistics} were collected for criterion {statistics.criterion}, "
             f"not {criterion}: leave --criterion or --statistics out"
         )
-    if request.allocation == "query_heads" and request.plan is None and criterion != "curvature":
+    if pruning.method == "query_heads" and not replayed and criterion != "curvature":
         raise UsageError(f"allocation query_heads prices by criterion curvature, not {criterion}: leave --criterion out")
-    if request.fitting not in COMPENSATIONS:
-        raise unknown("compensation", request.fitting, COMPENSATIONS)
-    if request.memory is not None:
+    if pruning.memory is not None:
         _check_streamable(request)
-    folder = resolve_model(request.model)
-    config = folder.config
-    shape = ModelShape.from_config(config)
-    scored = request.allocation in ("layer_importance", "search") and request.plan is None
-    read = not (planning_only and criterion == "random") or scored
-    layers = Layers(folder) if read else None
-    plan = None
+    source = resolve_model(request.model)
+    shape = ModelShape.from_config(source.config)
+    scored = pruning.method in ("layer_importance", "search") and not replayed
+    reads_weights = not (planning_only and criterion == "random") or scored
+    layers = Layers(source) if reads_weights else None
+    plan = budget = None
     if request.plan is not None:
         plan = PruningPlan.load(request.plan)
-        plan.check_model(config)
+        plan.check_model(source.config)
     else:
-        check_budget(shape, Demand(**request.demand()))
+        budget = check_budget(pruning, shape)
     if statistics is not None and statistics.source != shape:
         raise UsageError(f"the statistics in {request.statistics} were collected on a model of other sizes")
-    refit = request.fitting != "none" and not planning_only
-    measured = CRITERIA[criterion].calibrated and plan is None
+    refit = request.compensation != "none" and not planning_only
     known = statistics.calibration if statistics else None
-    drawn = (statistics is None and (measured or refit)) or (scored and known is None)
+    measures = CRITERIA[criterion].calibrated and not replayed
+    draws = (statistics is None and (measures or refit)) or (scored and known is None)
     samples, seq_len = (0, 0) if known is None else known.ids.shape
-    tokenizer, texts = None, []
-    if drawn:
-        samples, seq_len = request.samples, _seq_len(request, config)
-        tokenizer = folder.tokenizer
-        texts = texts_of(request.calibration or ("wikitext2",))
-    now = CRITERIA[criterion if plan is None else FOR_REFITTING]
-    rule = now if statistics is None and (plan is None or refit) else None
-    if layers is not None and not request.streamed and device.type == "cuda" and request.device != AUTO:
+    texts: list[tuple[Text, float]] = []
+    if draws:
+        samples, seq_len = request.calibration.samples, _seq_len(request, source)
+        texts = texts_of(request.calibration.data)
+    pass_rule = CRITERIA[FOR_REFITTING if replayed else criterion]
+    rule = pass_rule if statistics is None and (not replayed or refit) else None
+    if layers is not None and not request.streamed and device.type == "cuda" and pruning.device != AUTO:
         check_gpu(shape, layers.dtype.itemsize, rule, torch.cuda.get_device_properties(device).total_memory)
     spare = 0
-    if request.memory is not None and layers is not None:
+    if pruning.memory is not None and layers is not None:
         work = Work(
             shape,
             layers.dtype.itemsize,
@@ -159,69 +113,69 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
             rule,
             refitted=refit,
             stored=layers.stored_itemsize,
-            text=drawing(tokenizer, texts) if drawn else 0,
+            text=drawing(source.tokenizer, texts) if draws else 0,
             gpu=device.type == "cuda",
         )
-        spare = check_bound(work, request.memory)
-    calibration = draw(tokenizer, texts, samples, seq_len, request.seed) if drawn else None
-    return Prepared(request, device, folder, criterion, plan, statistics, calibration, spare)
+        spare = check_bound(work, pruning.memory)
+    calibration = draw(source.tokenizer, texts, samples, seq_len, request.seed) if draws else None
+    return Prepared(request, device, source, criterion, budget, plan, statistics, calibration, spare)
 
 
-def _seq_len(request: PruneRequest, config: Any) -> int:
-    """Tokens of a calibration window; [`UsageError`] for more than the model's positions."""
-    limit = int(config.max_position_embeddings)
-    seq_len = min(2048, limit) if request.seq_len is None else request.seq_len
+def record(prepared: Prepared) -> dict[str, Any]:
+    """Collect what `gqaprune.json` keeps of a request: the calibration texts, the seed and the compensation.
+
+    Texts that the model was calibrated on before, where it was pruned already, are kept.
+    """
+    earlier = (read_identity(prepared.source) or {}).get("calibration", [])
+    calibration = [*earlier, *(source for source in calibrated_on(prepared) if source not in earlier)]
+    return {"calibration": calibration, "seed": prepared.request.seed, "compensation": prepared.request.compensation}
+
+
+def calibrated_on(prepared: Prepared) -> list[dict[str, Any]]:
+    """List, as `Calibration.record()` does, all text that a request reads or that its saved statistics were measured on."""
+    measured = prepared.statistics.calibration if prepared.statistics else None
+    return [source for windows in (measured, prepared.calibration) if windows for source in windows.record()]
+
+
+def _seq_len(request: PruneRequest, source: ModelFolder) -> int:
+    """Return the tokens of a calibration window; raise [`UsageError`] for more than the model's positions."""
+    limit = int(source.config.max_position_embeddings)
+    seq_len = request.calibration.seq_len or min(2048, limit)
     if seq_len > limit:
         raise UsageError(f"seq_len={seq_len} is longer than the {limit} positions of {request.model}")
     return seq_len
 
 
 def _device(request: PruneRequest) -> torch.device:
-    """Where this process computes; [`UsageError`] for no such device, and for several processes at the work of one."""
-    given = distributed.join()
-    if request.device == AUTO and request.streamed:
+    """Choose where this process computes; raise [`UsageError`] for no such device, or several processes at one's work."""
+    assigned, asked = distributed.join(), request.pruning.device
+    if asked == AUTO and request.streamed:
         raise UsageError(
-            "--device auto lays a whole model over all GPUs; --memory, and a saved plan without compensation, take one: "
+            "--device auto spreads a whole model over all GPUs; --memory, and a saved plan without compensation, use one: "
             "leave --device out"
         )
-    if given is None:
-        return choose(request.device)
+    if assigned is None:
+        return choose(asked)
     if request.streamed:
         raise UsageError(
             "--memory, and a saved plan without compensation, are the work of one process: leave accelerate launch out"
         )
-    if request.device is not None:
-        raise UsageError(f"--device {request.device}: accelerate launch gives every process its own: leave --device out")
-    return given
+    if asked is not None:
+        raise UsageError(f"--device {asked}: accelerate launch gives every process its own: leave --device out")
+    return assigned
 
 
 def _check_streamable(request: PruneRequest) -> None:
     """Raise [`UsageError`] for what cannot be done layer by layer."""
-    parse_size(request.memory or "")
+    parse_size(request.pruning.memory or "")
     needs = {"natural_gradient": "both models", "bias": "the model"}
-    if request.fitting in needs:
+    if request.compensation in needs:
         raise UsageError(
-            f"compensation {request.fitting} needs {needs[request.fitting]} in memory: with --memory choose least_squares "
-            "or none"
+            f"compensation {request.compensation} needs {needs[request.compensation]} in memory: with --memory choose "
+            "least_squares or none"
         )
-    if request.allocation in ("search", "layer_importance", "query_heads") and request.plan is None:
+    method = request.pruning.method
+    if method in ("search", "layer_importance", "query_heads") and request.plan is None:
         raise UsageError(
-            f"allocation {request.allocation} needs the whole model, which --memory does not load: "
-            "choose global, uniform or per_layer"
+            f"allocation {method} needs the whole model, which --memory does not load: choose global, uniform or per_layer"
         )
-
-
-def record(prepared: Prepared) -> dict[str, Any]:
-    """For `gqaprune.json` of what a request prunes: which text was calibrated on, the seed and the compensation.
-
-    What was calibrated on before, where the model was pruned already, stays.
-    """
-    earlier = (read_identity(prepared.folder) or {}).get("calibration", [])
-    calibration = [*earlier, *(source for source in calibrated_on(prepared) if source not in earlier)]
-    return {"calibration": calibration, "seed": prepared.request.seed, "compensation": prepared.request.fitting}
-
-
-def calibrated_on(prepared: Prepared) -> list[dict[str, Any]]:
-    """`Calibration.record()` of all text that a request reads, or that its saved statistics were measured on."""
-    measured = prepared.statistics.calibration if prepared.statistics else None
-    return [source for windows in (measured, prepared.calibration) if windows for source in windows.record()]

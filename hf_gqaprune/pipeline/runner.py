@@ -1,4 +1,4 @@
-"""A recipe goes in; a folder with every stage's result comes out: plan, pruned, recovered, report, card.
+"""Run a recipe: plan, pruned, recovered, report and card, one stage after the other.
 
 Each stage writes one file or folder under its final name only when it is complete, so that a run can be resumed.
 """
@@ -7,24 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import hub
-from ..checkpoint import ModelFolder, seen
-from ..configuration import Recipe, RecoverRecipe
+from ..checkpoint import resolve_model, seen
+from ..configuration import DENSE, PruneRequest, Recipe, RecoveryConfig
 from ..data import Text, load_text
 from ..errors import UsageError, WorkError
 from ..evaluation import (
     PLOT,
     REPORT,
-    Measurement,
     Report,
     measure,
     refuse_same_names,
@@ -34,27 +34,64 @@ from ..evaluation import (
     write_report,
 )
 from ..model_cards import card_command, check_name, create_model_card, derived_name
+from ..plan import PruningPlan
 from ..trainer import launch, load_data, make_request
 from ..utils import alone, occupied, refuse_existing, release, within, write_json, write_text
 from .prune import PLAN, prune_model, refuse_lost_inputs
-from .request import Prepared, PruneRequest, calibrated_on, prepare
+from .request import Prepared, calibrated_on, prepare
+from .stages import timed
+
+logger = logging.getLogger(__name__)
 
 PRUNED, RECOVERED, STATE = "pruned", "recovered", "run.json"
-#: `run` has other flags
-_PRUNE_WAY_OUT = (
+#: `run` has no flags of its own for these
+_PRUNE_HINT = (
     "--set prune.memory=SIZE bounds it, reading the model layer by layer; CUDA_VISIBLE_DEVICES= before the command uses no GPU"
 )
-_REPORT_WAY_OUT = (
-    "what was made is kept for --resume; with it --set evaluate.seq_len=N measures in shorter windows, "
+_REPORT_HINT = (
+    "finished stages are kept for --resume; with it --set evaluate.seq_len=N measures in shorter windows, "
     "CUDA_VISIBLE_DEVICES= before the command uses no GPU"
 )
 
 
-def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> str:
-    """Everything a recipe says, stage by stage; finished stages are kept by `resume`.
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves.
 
-    Returns:
-        What a person wants to see at the end: the table, the files that `push` would send, the line that loads them.
+    Attributes:
+        folder: the final checkpoint, complete with card, report and recipe.
+        plan: what was removed.
+        report: perplexities and tasks of every stage, on the same tokens.
+        bundle: what `push` would send.
+        push: the commands that publish it, in order.
+    """
+
+    folder: Path
+    plan: PruningPlan
+    report: Report
+    bundle: hub.Bundle
+    push: tuple[str, ...]
+
+    @property
+    def load_line(self) -> str:
+        """Python that loads the final checkpoint."""
+        return (
+            f"import hf_gqaprune; from transformers import AutoModelForCausalLM; "
+            f'model = AutoModelForCausalLM.from_pretrained("{self.folder}")'
+        )
+
+    def __str__(self) -> str:
+        commands = ", then ".join(f"`{command}`" for command in self.push)
+        return f"\n{commands} would send:\n{self.bundle}\n\n{self.report.table()}\n\n{self.load_line}"
+
+
+def run(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, notify: Callable[[str], object] = logger.info
+) -> RunResult:
+    """Run every stage of a recipe; `resume` keeps finished stages whose inputs are unchanged.
+
+    Args:
+        notify: receives one line as each stage begins, and the plan.
 
     Raises:
         UsageError: before any work, for a recipe that makes no sense or an output that exists.
@@ -64,14 +101,15 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> str
     _check_output(folder, resume, overwrite)
     if recipe.card.name is not None:
         check_name(recipe.card.name, recipe.model, recipe.card.license)
-    request = _request(recipe)
+    request = PruneRequest(recipe.model, recipe.prune, recipe.calibration, recipe.seed)
     prepared = prepare(request)
     trained_on = recipe.recover.data if recipe.recover else ()
     refuse_lost_inputs(folder, prepared, (*recipe.evaluate.data, *trained_on))
     texts = _check_evaluation(recipe, prepared)
-    trained = _check_recovery(recipe, prepared)
-    base = {
-        "model": (recipe.model, prepared.folder.stat_hash),
+    recovery = recipe.recover and _recovery(recipe, recipe.recover)
+    trained = _check_recovery(recipe, recovery, prepared)
+    base: dict[str, Any] = {
+        "model": (recipe.model, prepared.source.stat_hash),
         "seed": recipe.seed,
         "calibration": (recipe.calibration, calibrated_on(prepared), _ids(prepared)),
         "prune": recipe.prune,
@@ -80,15 +118,14 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> str
         if folder.exists() and not resume:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        stages = _Stages(folder)
+        stages = _Stages(folder, notify)
         write_text(folder / "recipe.yaml", recipe.without_paths().to_yaml())
-        with _telling(prepared.device, _PRUNE_WAY_OUT):
-            stages.do(PRUNED, base, lambda again: _prune(request, folder, again))
+        with _hint_for_runs(prepared.device, _PRUNE_HINT):
+            stages.do(PRUNED, base, lambda again: _prune(prepared, folder, again, notify))
         final = PRUNED
-        if recipe.recover is not None:
-            base["recover"] = (recipe.recover, trained)
-            arguments = _recovery(recipe, recipe.recover)
-            stages.do(RECOVERED, base, lambda again: _recover(folder, arguments, again))
+        if recovery is not None:
+            base["recover"] = (recovery, trained)
+            stages.do(RECOVERED, base, lambda again: _recover(recipe, recovery, folder, again))
             final = RECOVERED
         base["evaluate"] = (recipe.evaluate, [(text.name, text.split, text.sha256) for text in texts])
         stages.do(REPORT, base, lambda _: _report(recipe, folder, prepared, final, texts))
@@ -96,14 +133,14 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> str
 
 
 def _ids(prepared: Prepared) -> list[list[int]]:
-    """The calibration windows: another tokenizer makes others of the same text."""
+    """List the calibration windows: another tokenizer cuts others from the same text."""
     return prepared.calibration.ids.tolist() if prepared.calibration else []
 
 
 @contextmanager
-def _telling(device: torch.device, way_out: str) -> Iterator[None]:
-    """`devices.within`, also where a stage has told of a full memory already, with flags that `run` does not have."""
-    with within(device, way_out):
+def _hint_for_runs(device: torch.device, hint: str) -> Iterator[None]:
+    """Name what a recipe can change where a GPU is full, also where a stage has named flags that `run` does not have."""
+    with within(device, hint):
         try:
             yield
         except WorkError as error:
@@ -115,28 +152,29 @@ def _telling(device: torch.device, way_out: str) -> Iterator[None]:
 class _Stages:
     """Which stages were begun and done, from which part of the recipe and from which weights and texts: `run.json`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, notify: Callable[[str], object]) -> None:
+        self.folder, self.notify = folder, notify
         self.path = folder / STATE
         state = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {"begun": {}, "done": {}}
         self.begun: dict[str, str] = state["begun"]
         self.done: dict[str, str] = state["done"]
 
     def do(self, name: str, inputs: dict[str, Any], work: Callable[[bool], Any]) -> None:
-        """Run `work`, which writes `name`, unless it is there and was made from the same `inputs`.
+        """Run `work`, which writes `name`, unless it exists and was made from the same `inputs`.
 
-        `work` is told whether what an interrupted attempt left behind was made from the same inputs, too.
+        `work` receives whether an interrupted attempt left parts that were made from the same inputs.
         """
         digest = hashlib.sha256(repr(sorted(inputs.items())).encode()).hexdigest()
         if self.done.get(name) == digest and (self.folder / name).exists():
-            print(f"{name}: kept", flush=True)
+            self.notify(f"{name}: kept")
             return
-        print(f"{name}: working", flush=True)
+        self.notify(f"{name}: working")
         again = self.begun.get(name) == digest
         self.begun[name] = digest
         self.done.pop(name, None)
         self._write()
-        work(again)
+        with timed(name):
+            work(again)
         release()
         self.done[name] = digest
         self._write()
@@ -153,107 +191,76 @@ def _check_output(folder: Path, resume: bool, overwrite: bool) -> None:
     refuse_existing(folder, overwrite or resume)
 
 
-def _request(recipe: Recipe) -> PruneRequest:
-    return PruneRequest(
-        model=recipe.model,
-        **asdict(recipe.prune),
-        calibration=recipe.calibration.data,
-        samples=recipe.calibration.samples,
-        seq_len=recipe.calibration.seq_len,
-        seed=recipe.seed,
-    )
-
-
 def _check_evaluation(recipe: Recipe, prepared: Prepared) -> tuple[Text, ...]:
-    """Load what will be evaluated on, and refuse what calibration has seen."""
+    """Load the evaluation texts, and refuse those that the model was calibrated on."""
     evaluate = recipe.evaluate
-    window(prepared.folder.config, evaluate.seq_len, evaluate.stride)
+    window(prepared.source.config, evaluate.seq_len, evaluate.stride)
     texts = tuple(load_text(name, split="test") for name in evaluate.data)
     refuse_same_names(texts)
-    refuse_seen(texts, [*seen(prepared.folder), *calibrated_on(prepared)])
+    refuse_seen(texts, [*seen(prepared.source.path), *calibrated_on(prepared)])
     if evaluate.tasks:
-        task_manager(evaluate.tasks)
+        task_manager(evaluate.tasks, evaluate.include_path)
     return texts
 
 
-def _check_recovery(recipe: Recipe, prepared: Prepared) -> list[dict[str, Any]]:
-    """Refuse a recovery that could not start; what is pruned has the positions and the vocabulary of the dense model.
+def _recovery(recipe: Recipe, config: RecoveryConfig) -> RecoveryConfig:
+    """Name the recipe's own model where its recovery distils from it."""
+    return replace(config, teacher=recipe.model) if config.teacher == DENSE else config
+
+
+def _check_recovery(recipe: Recipe, config: RecoveryConfig | None, prepared: Prepared) -> list[dict[str, Any]]:
+    """Refuse a recovery that could not start; the pruned model has the positions and vocabulary of the dense one.
 
     Returns:
-        `TrainingData.record()`: the text that will be trained on; nothing of what streams.
+        `TrainingData.record()`: the text that will be trained on; nothing of a stream.
     """
-    if recipe.recover is None:
+    if config is None:
         return []
-    arguments = _recovery(recipe, recipe.recover)
-    request = make_request(prepared.folder, output=Path(recipe.output) / RECOVERED, **arguments)
-    if request.settings.streaming:
+    request = make_request(
+        prepared.source, config, Path(recipe.output) / RECOVERED, seed=recipe.seed, evaluation=recipe.evaluate.data
+    )
+    if request.config.streaming:
         return []
     return load_data(
-        prepared.folder.tokenizer, request.data, request.settings, seed=request.seed, evaluation=request.evaluation
+        prepared.source.tokenizer, request.config, seed=request.seed, evaluation=request.evaluation
     ).record()
 
 
-def _recovery(recipe: Recipe, recover: RecoverRecipe) -> dict[str, Any]:
-    """The arguments of `launch` and of `make_request` that a recipe gives."""
-    given = {"max_tokens": recover.max_tokens, "seq_len": recover.seq_len}
-    return {
-        "data": recover.data,
-        "preset": recover.preset,
-        "seed": recipe.seed,
-        "teacher": recipe.model if recover.distill else None,
-        "evaluation": recipe.evaluate.data,
-        **{name: value for name, value in given.items() if value is not None},
-        **recover.settings,
-    }
-
-
-def _prune(request: PruneRequest, folder: Path, again: bool) -> None:
+def _prune(prepared: Prepared, folder: Path, again: bool, notify: Callable[[str], object]) -> None:
     # what an interrupted run left of another recipe is dropped
-    plan = prune_model(request, folder / PRUNED, overwrite=True, resume=again and request.memory is not None)
+    resume = again and prepared.request.pruning.memory is not None
+    plan = prune_model(prepared.request, folder / PRUNED, overwrite=True, resume=resume, prepared=prepared)
     plan.save(folder / PLAN)
-    print(plan, flush=True)
+    notify(str(plan))
 
 
-def _recover(folder: Path, arguments: dict[str, Any], again: bool) -> None:
-    launch(folder / PRUNED, output=folder / RECOVERED, overwrite=True, resume=again, **arguments)
+def _recover(recipe: Recipe, config: RecoveryConfig, folder: Path, again: bool) -> None:
+    launch(
+        folder / PRUNED, config, folder / RECOVERED,
+        seed=recipe.seed, evaluation=recipe.evaluate.data, overwrite=True, resume=again,
+    )  # fmt: skip
 
 
 def _report(recipe: Recipe, folder: Path, prepared: Prepared, final: str, texts: tuple[Text, ...]) -> None:
-    evaluate = recipe.evaluate
-    stages = {"dense": prepared.folder, "pruned": ModelFolder(folder / PRUNED)}
+    stages = {"dense": prepared.source, "pruned": resolve_model(folder / PRUNED)}
     if final == RECOVERED:
-        stages["recovered"] = ModelFolder(folder / RECOVERED)
-    what = Measurement(
-        texts=texts,
-        seq_len=evaluate.seq_len,
-        stride=evaluate.stride,
-        drop_tail=evaluate.drop_tail,
-        max_chars=evaluate.max_chars,
-        tasks=evaluate.tasks,
-        device=prepared.request.device,
-    )
-    measured = [found for _, found in measure(stages, what, _REPORT_WAY_OUT)]
-    write_report(recipe.without_paths().model, stages, measured, folder)
+        stages["recovered"] = resolve_model(folder / RECOVERED)
+    device = recipe.evaluate.device or recipe.prune.device
+    results = [result for _, result in measure(stages, texts, replace(recipe.evaluate, device=device), _REPORT_HINT)]
+    write_report(recipe.without_paths().model, stages, results, folder)
 
 
-def _publish(recipe: Recipe, folder: Path, final: str) -> str:
-    """Complete the folder that `push` would send, and say what there is to say."""
+def _publish(recipe: Recipe, folder: Path, final: str) -> RunResult:
+    """Complete the folder that `push` would send."""
+    target = folder / final
     for name in (REPORT, PLOT, "recipe.yaml"):
-        shutil.copyfile(folder / name, folder / final / name)
+        shutil.copyfile(folder / name, target / name)
     name = recipe.card.name or derived_name(recipe.without_paths().model)
-    create_model_card(
-        folder / final, base_model=recipe.model, license=recipe.card.license, name=name, overwrite=True
-    )
-    problems = hub.verify(folder / final)
-    if problems:
-        raise WorkError(f"{folder / final} is not a checkpoint that can be pushed: {'; '.join(problems)}")
-    listing = str(hub.bundle(folder / final))
-    load = (
-        f"import hf_gqaprune; from transformers import AutoModelForCausalLM; "
-        f'model = AutoModelForCausalLM.from_pretrained("{folder / final}")'
-    )
-    table = Report.load(folder / REPORT).table()
+    create_model_card(target, base_model=recipe.model, license=recipe.card.license, name=name, overwrite=True)
+    if problems := hub.verify(target):
+        raise WorkError(f"{target} is not a checkpoint that can be pushed: {'; '.join(problems)}")
     # a card that names no repository is written anew for one
-    renamed = f"`{card_command(folder / final, recipe.model, 'ORG/NAME', recipe.card.license)}`, then "
-    first, target = ("", name) if "/" in name else (renamed, "ORG/NAME")
-    return f"\n{first}`gqaprune push {folder / final} {target}` would send:\n{listing}\n\n{table}\n\n{load}"
+    named = "/" in name
+    rename = () if named else (card_command(target, recipe.model, "ORG/NAME", recipe.card.license),)
+    push = (*rename, f"gqaprune push {target} {name if named else 'ORG/NAME'}")
+    return RunResult(target, PruningPlan.load(folder / PLAN), Report.load(folder / REPORT), hub.bundle(target), push)

@@ -1,12 +1,6 @@
 from .allocation import ALLOCATIONS as ALLOCATIONS
 from .allocation import MEASURING as MEASURING
-from .budget import ALLOCATION_NAMES as ALLOCATION_NAMES
 from .budget import Budget as Budget
-from .budget import Demand as Demand
-from .budget import listed as listed
-from .budget import rounded_down as rounded_down
-from .budget import rounded_up as rounded_up
 from .layer_importance import measure_layers as measure_layers
 from .planner import check_budget as check_budget
-from .planner import load_for_planning as load_for_planning
 from .planner import make_plan as make_plan

@@ -1,4 +1,4 @@
-"""Statistics, or a model alone, and a ratio go in; a pruning plan that meets the ratio exactly comes out."""
+"""Make the plan that removes a given fraction of a model's parameters."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import ModelFolder, resolve_model
-from ..errors import UsageError, unknown
+from ..checkpoint import resolve_model
+from ..configuration import PruningConfig
+from ..errors import UsageError
 from ..models import Key, ModelShape, skeleton
 from ..plan import LayerPlan, PruningPlan
 from ..statistics import CRITERIA, Statistics, collect_statistics
 from .allocation import ALLOCATIONS, MEASURING, AllocationInputs
-from .budget import Demand
+from .budget import Budget, describe, make_budget
 from .query_heads import QueryHeadOption
 from .rates import allocate_per_layer
 
@@ -23,99 +24,58 @@ if TYPE_CHECKING:
 
 def make_plan(
     statistics: Statistics | None = None,
+    config: PruningConfig | None = None,
     *,
-    model: PreTrainedModel | ModelFolder | str | os.PathLike[str] | None = None,
-    ratio: float | None = None,
-    backbone_ratio: float | None = None,
-    rates: Sequence[float] | None = None,
-    criterion: str | None = None,
-    allocation: str | None = None,
+    model: PreTrainedModel | str | os.PathLike[str] | None = None,
     layer_scores: Sequence[float] | None = None,
-    temperature: float | None = None,
-    attention_share: float | None = None,
-    min_kv_heads: int = 1,
-    min_ffn: int = 1,
-    keep_layers: Sequence[int] = (),
-    round_to: int | None = None,
-    bias: bool = False,
     seed: int = 0,
+    **fields: Any,
 ) -> PruningPlan:
     """Choose which units to keep.
 
     Args:
         statistics: removal curves of a calibration pass; without them `model` is needed and a criterion that needs no
             calibration (`magnitude`, `magnitude_l1`, `random`).
+        config: how much to remove and from where, or None and its `fields`: `make_plan(statistics, ratio=0.2)`. Of
+            `compensation` only `bias` matters here, whose biases count; `memory` and `device` belong to whole commands.
         model: without statistics: a model, or a path or Hub id to load one from; `random` needs no weights and takes one
             on the meta device. With allocation `search` or `query_heads`: the model that was measured, left as it was.
-        ratio: fraction of all parameters to remove, between 0 and 1.
-        backbone_ratio: fraction of the decoder layers' parameters, norms included; exactly one of both.
-        rates: with `allocation="per_layer"` instead of a ratio: one fraction per layer.
-        criterion: a key of `importance.CRITERIA`; by default that of the statistics.
-        allocation: `global` (default), `query_heads` (layers may also lose the same number of query heads from every
-            group, see `query_heads`), `search` (from `global` on, by measured divergence, see `search.refine`),
-            `uniform`, `layer_importance` or `per_layer` (default when `rates` are given).
-        layer_scores: with `allocation="layer_importance"`: importance per layer, from `layer_importance.measure`.
-        temperature: with `allocation="layer_importance"`: from 0.01 (the least important layers bear everything) over 1
-            (default) upwards (all rates alike).
-        attention_share: with `allocation="global"`: fraction of the removed parameters that attention blocks give, met to
-            half a KV group; None: by cost.
-        min_kv_heads, min_ffn: what every block must keep; 0 lets whole blocks go.
-        keep_layers: layers that stay untouched, counted from 0, or from the end with -1.
-        round_to: FFN widths become multiples of this many channels, except in kept layers.
-        bias: every linear of the pruned model has a bias, for compensation `bias`; these count, and so more goes.
+        layer_scores: with allocation `layer_importance`: importance per layer, from `layer_importance.measure_layers`.
         seed: for the criterion `random`.
 
     Returns:
-        The plan; its parameters are within half an FFN channel (half of `round_to` channels) of the request, of all
-        allocations with a ratio alike, as long as any FFN channel is left to trade.
+        The plan; its parameters are within half an FFN channel (half of `round_to` channels) of the request, for every
+        allocation with a ratio, as long as any FFN channel is left to trade.
 
     Raises:
         UsageError: no ratio or two, one outside (0, 1) or above what floors and kept layers leave; unknown names;
-            settings of another allocation; layers that are not there.
+            settings of another allocation; layers that the model does not have.
     """
-    demand = Demand(
-        ratio=ratio,
-        backbone_ratio=backbone_ratio,
-        rates=rates,
-        allocation=allocation,
-        temperature=temperature,
-        attention_share=attention_share,
-        min_kv_heads=min_kv_heads,
-        min_ffn=min_ffn,
-        keep_layers=keep_layers,
-        round_to=round_to,
-        bias=bias,
-    )
-    if (demand.method == "layer_importance") != (layer_scores is not None):
-        raise UsageError("allocation layer_importance and layer_scores (see layer_importance.measure) belong together")
-    if criterion is not None and criterion not in CRITERIA:
-        raise unknown("criterion", criterion, CRITERIA)
-    unloaded = model is None or isinstance(model, (str, os.PathLike))
-    if demand.method in MEASURING and (statistics is None or unloaded):
-        raise UsageError(f"allocation {demand.method} needs statistics, and the loaded model that they were collected on")
+    config = PruningConfig(**fields) if config is None else replace(config, **fields)
+    if config.memory is not None or config.device is not None:
+        raise UsageError("memory and device are settings of prune_model and plan_model; make_plan computes where the model is")
+    if (config.method == "layer_importance") != (layer_scores is not None):
+        raise UsageError("allocation='layer_importance' requires layer_scores from measure_layers, and vice versa")
+    if config.method in MEASURING and (statistics is None or model is None or isinstance(model, (str, os.PathLike))):
+        raise UsageError(f"allocation {config.method} needs statistics, and the loaded model that they were collected on")
     if statistics is None:
-        statistics = _uncalibrated(model, criterion, seed)
-    elif criterion not in (None, statistics.criterion):
-        raise UsageError(f"the statistics were collected for criterion {statistics.criterion}, not {criterion}")
-    budget = demand.budget(statistics.source)
-    inputs = AllocationInputs(
-        statistics,
-        model,
-        () if rates is None else rates,
-        () if layer_scores is None else layer_scores,
-        temperature,
-    )
-    allocated = ALLOCATIONS[demand.method](budget, inputs)
-    plan = plan_of(statistics, budget.unpacked(allocated.removed), demand.describe(statistics.source), allocated.heads)
-    return replace(plan, attention_bias=True, mlp_bias=True) if bias else plan
+        statistics = _uncalibrated(model, config.criterion, seed)
+    elif config.criterion not in (None, statistics.criterion):
+        raise UsageError(f"the statistics were collected for criterion {statistics.criterion}, not {config.criterion}")
+    budget = make_budget(config, statistics.source)
+    inputs = AllocationInputs(statistics, model, config.rates or (), layer_scores or (), config.temperature)
+    allocated = ALLOCATIONS[config.method](budget, inputs)
+    name = describe(config, statistics.source)
+    plan = plan_of(statistics, budget.unpacked(allocated.removed), name, allocated.heads)
+    return replace(plan, attention_bias=True, mlp_bias=True) if config.adds_biases else plan
 
 
 def plan_of(
     statistics: Statistics, removed: dict[Key, int], allocation: str, heads: Mapping[int, QueryHeadOption]
 ) -> PruningPlan:
-    """The plan that removes the first `removed[block]` units of every block's curve; other blocks stay whole.
+    """Make the plan that removes the first `removed[block]` units of every block's curve; other blocks stay whole.
 
-    The groups of layers in `heads` are what that says.
+    In layers that `heads` names, the option decides which KV groups and query heads are kept.
     """
     source = statistics.source
     layers = []
@@ -134,11 +94,12 @@ def plan_of(
     )
 
 
-def check_budget(source: ModelShape, demand: Demand) -> None:
-    """Raise [`UsageError`] for what `make_plan` would refuse of a model of these sizes, without its weights."""
-    budget = demand.budget(source)
-    if demand.rates is not None:
-        allocate_per_layer(budget, demand.rates)
+def check_budget(config: PruningConfig, source: ModelShape) -> Budget:
+    """Compute the budget and refuse, without reading weights, what `make_plan` would refuse of a model of these sizes."""
+    budget = make_budget(config, source)
+    if config.rates is not None:
+        allocate_per_layer(budget, config.rates)
+    return budget
 
 
 def _uncalibrated(model: Any, criterion: str | None, seed: int) -> Statistics:
@@ -148,13 +109,8 @@ def _uncalibrated(model: Any, criterion: str | None, seed: int) -> Statistics:
     if CRITERIA[name].calibrated:
         raise UsageError(f"criterion {name} needs statistics: collect_statistics(model, calibration, criterion={name!r})")
     if isinstance(model, (str, os.PathLike)):
-        model = load_for_planning(model, weights=name != "random")
+        folder = resolve_model(model)
+        model = skeleton(folder.config) if name == "random" else folder.load()
     if name != "random" and any(p.device.type == "meta" for p in model.parameters()):
         raise UsageError(f"criterion {name} reads weights, and this model has none (meta device): use criterion random")
     return collect_statistics(model, None, criterion=name, moments=False, seed=seed)
-
-
-def load_for_planning(model: str | os.PathLike[str] | ModelFolder, *, weights: bool = True) -> PreTrainedModel:
-    """A model with its weights, or, where chance decides, on the meta device from its config alone."""
-    folder = resolve_model(model)
-    return folder.load() if weights else skeleton(folder.config)

@@ -10,8 +10,9 @@ import torch
 from support.tiny import tiny_llama, token_ids
 
 from hf_gqaprune import Calibration, PruningPlan, Statistics, collect_statistics, make_plan, prune
+from hf_gqaprune.configuration import PruningConfig
 from hf_gqaprune.errors import UsageError, WorkError
-from hf_gqaprune.selection.budget import Demand
+from hf_gqaprune.selection.budget import make_budget
 from hf_gqaprune.selection.search import _Candidate, _Target
 
 SHAPE: dict[str, Any] = {"layers": 3, "kv_heads": 4, "ffn": 24}
@@ -48,7 +49,7 @@ def test_the_search_meets_the_budget_and_is_never_worse(shape: dict[str, Any], d
     before = copy.deepcopy(model.state_dict())
     start = make_plan(statistics, **demand)
     found = make_plan(statistics, model=model, allocation="search", **demand)
-    budget = Demand(**demand).budget(statistics.source)
+    budget = make_budget(PruningConfig(**demand), statistics.source)
     half = max(size for key, size in budget.unit.items() if key[1] == "mlp") / 2
     wanted = start.source.cost.parameters - start.target.cost.parameters
     assert abs(start.source.cost.parameters - found.target.cost.parameters - wanted) <= 2 * half
@@ -82,11 +83,11 @@ def test_a_bad_start_is_left_behind() -> None:
 def test_a_masked_candidate_is_the_pruned_model() -> None:
     model, statistics = measured(attention_bias=True, mlp_bias=True)
     dense = copy.deepcopy(model)
-    demand = Demand(backbone_ratio=0.5, min_kv_heads=0, min_ffn=0)
+    demand = PruningConfig(backbone_ratio=0.5, min_kv_heads=0, min_ffn=0)
     plan = make_plan(statistics, backbone_ratio=0.5, min_kv_heads=0, min_ffn=0)
     pruned = refitted(dense, plan, statistics)
     ids = statistics.calibration.held_out
-    candidate = _Candidate(model, statistics, demand.budget(statistics.source))
+    candidate = _Candidate(model, statistics, make_budget(demand, statistics.source))
     for index, kept in enumerate(plan.layers):
         candidate.place((index, "attention"), 4 - len(kept.kv_groups))
         candidate.place((index, "mlp"), 24 - len(kept.ffn_channels))

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from hf_gqaprune import PrunedLlamaConfig, PrunedLlamaForCausalLM
-from hf_gqaprune.configuration.recovery import Settings
+from hf_gqaprune.configuration import RecoveryConfig
 from hf_gqaprune.trainer.models import lora_config
 
 
@@ -28,7 +28,7 @@ def main() -> None:
         num_key_value_heads=4, head_dim=4, per_layer_config=sizes, initializer_range=0.2,
     )  # fmt: skip
     base = PrunedLlamaForCausalLM(config)
-    whole = get_peft_model(base, lora_config(base, Settings(rank=4)))
+    whole = get_peft_model(base, lora_config(base, RecoveryConfig(rank=4)))
     for name, parameter in whole.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

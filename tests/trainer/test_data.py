@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_gqaprune import Calibration, UsageError
-from hf_gqaprune.configuration.recovery import resolve
+from hf_gqaprune.configuration import RecoveryConfig
 from hf_gqaprune.trainer.data import IGNORED, Row, TrainingData, _token_shares, load_data
 
 TEMPLATE = (
@@ -49,8 +49,8 @@ def load(
     tokenizer: Any, sources: list[str], *, evaluation: tuple[str, ...] = (), seed: int = 0, **changes: Any
 ) -> TrainingData:
     defaults = {"seq_len": 16, "held_out_tokens": 0, "max_tokens": None, "packing": False}
-    settings = resolve("default", {**defaults, **changes})
-    return load_data(tokenizer, sources, settings, seed=seed, evaluation=evaluation)
+    config = RecoveryConfig.from_preset(data=sources, **{**defaults, **changes})
+    return load_data(tokenizer, config, seed=seed, evaluation=evaluation)
 
 
 def test_text_windows_are_those_of_calibration(tokenizer: PreTrainedTokenizerFast, text: Write) -> None:

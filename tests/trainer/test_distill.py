@@ -139,10 +139,10 @@ def test_the_first_loss_is_the_divergence_of_pruned_from_dense(
 
     from transformers import AutoTokenizer
 
-    from hf_gqaprune.configuration.recovery import resolve
+    from hf_gqaprune.configuration import RecoveryConfig
     from hf_gqaprune.trainer.data import load_data
 
-    data = load_data(AutoTokenizer.from_pretrained(pruned), [text], resolve("default", settings), seed=0)
+    data = load_data(AutoTokenizer.from_pretrained(pruned), RecoveryConfig.from_preset(data=[text], **settings), seed=0)
     ids = torch.tensor(data.train["input_ids"][:])
     with torch.no_grad():
         student = AutoModelForCausalLM.from_pretrained(pruned)(ids)

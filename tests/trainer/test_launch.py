@@ -19,8 +19,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_gqaprune import UsageError
-from hf_gqaprune.configuration import builtin
-from hf_gqaprune.configuration.recovery import Settings
+from hf_gqaprune.configuration import RecoveryConfig, builtin
 from hf_gqaprune.trainer.launch import accelerate_flags, launch
 from hf_gqaprune.trainer.recovery import main
 from hf_gqaprune.trainer.request import make_request
@@ -187,12 +186,12 @@ def test_a_request_survives_the_way_to_the_processes(folder: Path, text: str, tm
         evaluation=["demo"], **{**SETTINGS, "max_tokens": None},
     )  # fmt: skip
     assert request_from_yaml(yaml.safe_dump(request.to_dict())) == request
-    assert request.settings.max_tokens is None
+    assert request.config.max_tokens is None
     # trackers need not be installed for this
-    tracked = replace(request, settings=replace(request.settings, report_to=("tensorboard", "wandb")))
+    tracked = replace(request, config=replace(request.config, report_to=("tensorboard", "wandb")))
     arguments = yaml.safe_load(yaml.safe_dump(tracked.to_dict()))
-    settings = {name: value for name, value in arguments.items() if name in Settings.__dataclass_fields__}
-    assert Settings.from_dict(settings) == tracked.settings
+    settings = {name: value for name, value in arguments.items() if name in RecoveryConfig.names()}
+    assert RecoveryConfig.from_dict(settings) == tracked.config
 
 
 def test_a_failure_is_told_with_its_reason(folder: Path, text: str, tmp_path: Path) -> None:

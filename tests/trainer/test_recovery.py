@@ -82,12 +82,12 @@ def test_the_log_says_what_was_trained(pruned: Path, text: str, tmp_path: Path) 
 
 def test_held_out_perplexity_is_that_of_the_rows(dense: Path, text: str, tmp_path: Path) -> None:
     """The last measurement equals one of the merged checkpoint on the rows that did not train."""
-    from hf_gqaprune.configuration.recovery import resolve
+    from hf_gqaprune.configuration import RecoveryConfig
     from hf_gqaprune.trainer.data import load_data
 
     settings = {**SETTINGS, "max_tokens": 1600, "held_out_tokens": 64}
     out = recover(dense, [text], tmp_path / "out", **settings)
-    data = load_data(AutoTokenizer.from_pretrained(dense), [text], resolve("default", settings), seed=0)
+    data = load_data(AutoTokenizer.from_pretrained(dense), RecoveryConfig.from_preset(data=[text], **settings), seed=0)
     ids = torch.tensor(data.held_out["input_ids"])
     assert ids.shape == (2, 32)
     model = AutoModelForCausalLM.from_pretrained(out)
