@@ -168,7 +168,7 @@ def check_compensation(compensation: str, plan: PruningPlan, statistics: Statist
         raise unknown("compensation", compensation, COMPENSATIONS)
     source = plan.source
     if compensation == "bias" and not (plan.attention_bias and plan.mlp_bias):
-        raise UsageError("compensation bias needs a plan that counts biases: make it with compensation='bias' (--compensation bias)")
+        raise UsageError("compensation bias needs a plan that counts biases: make it with compensation='bias'")
     adds = (plan.attention_bias, plan.mlp_bias) != (source.attention_bias, source.mlp_bias)
     if adds and compensation != "bias":
         raise UsageError(f"the plan adds biases, which compensation bias fills, not {compensation}: pass bias")

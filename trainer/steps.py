@@ -31,13 +31,13 @@ def plan_steps(request: Request, rows: int, processes: int) -> Steps:
     Raises:
         UsageError: fewer rows than processes.
     """
-    settings, seq_len = request.settings, request.settings.seq_len or 1
+    config, seq_len = request.config, request.config.seq_len or 1
     if rows < processes:
         raise UsageError(f"the training text makes {rows} rows for {processes} processes: give more text")
-    wanted = min(max(1, (settings.batch_tokens or seq_len) // seq_len), rows)
+    wanted = min(max(1, (config.batch_tokens or seq_len) // seq_len), rows)
     # rounded down where the text holds no more
     share = min(math.ceil(wanted / processes), rows // processes)
-    most = max(1, settings.device_tokens // seq_len)
+    most = max(1, config.device_tokens // seq_len)
     device_rows = max(count for count in range(1, min(share, most) + 1) if share % count == 0)
     per_epoch = rows // (share * processes)
-    return Steps(device_rows, share // device_rows, processes, per_epoch, per_epoch * settings.epochs)
+    return Steps(device_rows, share // device_rows, processes, per_epoch, per_epoch * config.epochs)

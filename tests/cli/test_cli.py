@@ -320,7 +320,7 @@ def test_help_names_every_criterion_and_allocation(capsys):
 
     with pytest.raises(SystemExit):
         main(["prune", "--help"])
-    told = capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
     assert all(re.search(rf"\b{name}\b", told) for name in (*CRITERIA, *ALLOCATIONS))
     assert "(default: curvature" in told and "(default: global" in told
 

@@ -29,9 +29,11 @@ def test_overrides_are_typed_and_the_two_ratios_exclude_each_other(recipe_file):
     recipe = Recipe.load(recipe_file, ["prune.backbone_ratio=0.3", "seed=7", "recover=null", "evaluate.data=[a, b]"])
     assert (recipe.prune.ratio, recipe.prune.backbone_ratio, recipe.seed, recipe.recover) == (None, 0.3, 7, None)
     assert recipe.evaluate.data == ("a", "b")
-    changes = ["prune.keep_layers=[0, -1]", "prune.round_to=32", "prune.attention_share=0", "prune.temperature=2"]
+    changes = ["prune.keep_layers=[0, -1]", "prune.round_to=32", "prune.attention_share=0"]
     prune = Recipe.load(recipe_file, changes).prune
-    assert (prune.keep_layers, prune.round_to, prune.attention_share, prune.temperature) == ((0, -1), 32, 0.0, 2.0)
+    assert (prune.keep_layers, prune.round_to, prune.attention_share) == ((0, -1), 32, 0.0)
+    changes = ["prune.allocation=layer_importance", "prune.temperature=2"]
+    assert Recipe.load(recipe_file, changes).prune.temperature == 2.0
     assert Recipe.load(recipe_file, ["prune.keep_layers=2"]).prune.keep_layers == (2,)
     prune = Recipe.load(recipe_file, ["prune.rates=[0, 0.25]", "prune.min_kv_heads=0", "prune.min_ffn=64"]).prune
     assert (prune.ratio, prune.rates, prune.min_kv_heads, prune.min_ffn) == (None, (0.0, 0.25), 0, 64)
