@@ -33,8 +33,8 @@ import hf_gqaprune as gp
 from hf_gqaprune.evaluation.report import versions
 from hf_gqaprune.models.shapes import ModelShape
 from hf_gqaprune.statistics.criteria import CRITERIA
-from hf_gqaprune.streaming.memory_bound import Work
-from hf_gqaprune.streaming.statistics import statistics_room as room
+from hf_gqaprune.streaming.memory_bound import Workload
+from hf_gqaprune.streaming.statistics import statistics_disk_bytes as room
 from hf_gqaprune.utils.files import write_json
 
 
@@ -71,7 +71,7 @@ def needs(shape: str, windows: int, seq_len: int) -> dict[str, Any]:
         plan = gp.make_plan(model=name, backbone_ratio=BACKBONE_RATIO, criterion="random")
         seconds = time.perf_counter() - start
     rule = CRITERIA["curvature"]
-    work = Work(sizes, 2, windows, seq_len, rule, refitted=True)
+    work = Workload(sizes, 2, windows, seq_len, rule, refitted=True)
     calibration = gp.Calibration.from_ids(torch.zeros(windows, seq_len, dtype=torch.long))
     return {
         "plan_seconds": seconds,

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 import hf_gqaprune as gp
 from hf_gqaprune.evaluation.report import versions
-from hf_gqaprune.models.decoder import skeleton
+from hf_gqaprune.models.decoder import empty_model
 from hf_gqaprune.models.shapes import ModelShape
 from hf_gqaprune.surgery import pruned_config
 from hf_gqaprune.utils.files import write_json
@@ -44,7 +44,7 @@ def random_plan(config: LlamaConfig, ratio: float, round_to: int = 1) -> gp.Prun
     shape = ModelShape.from_config(config)
     share = sum(map(shape.attention_parameters, shape.layers)) / shape.cost.backbone_parameters
     options = {"backbone_ratio": ratio, "attention_share": share, "round_to": round_to}
-    return gp.make_plan(model=skeleton(config), criterion="random", **options)
+    return gp.make_plan(model=empty_model(config), criterion="random", **options)
 
 
 def random_model(config: Any, device: str) -> Any:

@@ -25,7 +25,7 @@ from hf_gqaprune.data.text import load_text
 from hf_gqaprune.data.windows import split_batches
 from hf_gqaprune.evaluation.perplexity import evaluate_perplexity
 from hf_gqaprune.evaluation.report import versions
-from hf_gqaprune.models.checks import frozen
+from hf_gqaprune.models.checks import eval_without_grad
 from hf_gqaprune.utils.files import write_json
 
 Cell = dict[str, Any]
@@ -94,7 +94,7 @@ def plot(cells: dict[str, Cell], path: Path) -> None:
 def bare_pass(model: Any, calibration: gp.Calibration) -> float:
     """Seconds of forward and backward over the calibration windows with nothing measured."""
     start = time.perf_counter()
-    with frozen(model):
+    with eval_without_grad(model):
         for ids in split_batches(calibration.ids, model.config.vocab_size):
             embeds = model.get_input_embeddings()(ids).detach().requires_grad_(True)
             logits = model(inputs_embeds=embeds, use_cache=False).logits

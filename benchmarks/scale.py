@@ -37,10 +37,10 @@ import stages
 from shapes import SHAPES, forget, make_checkpoint, peak_rss, proc
 
 import hf_gqaprune as gp
-from hf_gqaprune.checkpoint.reader import let_go
+from hf_gqaprune.checkpoint.reader import drop_page_cache
 from hf_gqaprune.checkpoint.writer import _BEHIND, _STRETCH
 from hf_gqaprune.evaluation.report import versions
-from hf_gqaprune.utils.device import choose
+from hf_gqaprune.utils.device import select_device
 from hf_gqaprune.utils.files import write_json
 
 BACKBONE_RATIO = 0.2
@@ -56,7 +56,7 @@ def floor(checkpoint: Path, size: int, scratch: Path, caching: bool) -> dict[str
     With `caching` as any program does it; without, pages of the cache are let go of at once, as pruning does it: that is the
     disk alone, and not also how fast new memory is found.
     """
-    drop = (lambda *_: None) if caching else let_go
+    drop = (lambda *_: None) if caching else drop_page_cache
     forget(checkpoint)
     # small enough for the processor's caches
     block = bytearray(_BLOCK)
@@ -144,7 +144,7 @@ def replayed(checkpoint: str, plan: str, output: str) -> dict[str, Any]:
 CHILDREN = {
     "replay": replayed,
     "streamed": lambda checkpoint, scratch, tokens, seq_len, device, memory: stages.streamed(
-        Path(checkpoint), Path(scratch), int(tokens), int(seq_len), BACKBONE_RATIO, choose(device), memory
+        Path(checkpoint), Path(scratch), int(tokens), int(seq_len), BACKBONE_RATIO, select_device(device), memory
     ),
     "in-memory": lambda checkpoint, scratch, tokens, seq_len, device, memory: stages.in_memory(
         Path(checkpoint), int(tokens), int(seq_len), BACKBONE_RATIO

@@ -11,7 +11,7 @@ import torch
 
 from hf_gqaprune.checkpoint.reader import INDEX
 from hf_gqaprune.checkpoint.writer import ShardWriter
-from hf_gqaprune.utils.device import choose
+from hf_gqaprune.utils.device import select_device
 from hf_gqaprune.utils.files import write_json
 
 _BLOCK = 1 << 26
@@ -55,7 +55,7 @@ def make_checkpoint(shape: str, folder: Path, max_shard_size: str = "5GB", layer
     model.tie_weights()
     tensors = {name: t for name, t in model.state_dict().items() if name not in model.all_tied_weights_keys}
     folder.mkdir(parents=True)
-    generator = torch.Generator(choose(None)).manual_seed(0)
+    generator = torch.Generator(select_device(None)).manual_seed(0)
     with ShardWriter(folder, tensors, max_shard_size, model.num_parameters()) as writer:
         for name, tensor in tensors.items():
             writer.write(name, _random(tensor.numel(), generator))

@@ -15,12 +15,12 @@ import hf_gqaprune as gp
 from hf_gqaprune.checkpoint import resolve_model
 from hf_gqaprune.data.windows import split_batches
 from hf_gqaprune.linalg.symmetric import add_gram_
-from hf_gqaprune.models.checks import frozen
+from hf_gqaprune.models.checks import eval_without_grad
 from hf_gqaprune.models.shapes import ModelShape
 from hf_gqaprune.statistics import collect
 from hf_gqaprune.statistics.criteria import CRITERIA
-from hf_gqaprune.streaming.memory_bound import Work, check_bound
-from hf_gqaprune.utils.device import within
+from hf_gqaprune.streaming.memory_bound import Workload, check_memory_bound
+from hf_gqaprune.utils.device import memory_limit
 from hf_gqaprune.utils.memory import parse_size
 
 Figures = dict[str, Any]
@@ -43,10 +43,10 @@ def streamed(
     shape = ModelShape.from_config(resolve_model(checkpoint).config)
     windows = gp.Calibration.from_ids(random_windows(shape.vocab_size, tokens, seq_len))
     gpu = device.type == "cuda"
-    work = Work(shape, 2, *windows.ids.shape, CRITERIA["curvature"], refitted=True, gpu=gpu)
+    work = Workload(shape, 2, *windows.ids.shape, CRITERIA["curvature"], refitted=True, gpu=gpu)
     # as `bounded` does it
-    place: Figures = {"device": device, "spare": check_bound(work, memory) // 2 if gpu else 0}
-    with within(device, "more --memory", parse_size(memory) if gpu else None):
+    place: Figures = {"device": device, "spare": check_memory_bound(work, memory) // 2 if gpu else 0}
+    with memory_limit(device, "more --memory", parse_size(memory) if gpu else None):
         stages = _streamed(checkpoint, scratch, windows, backbone_ratio, place)
     return {
         "tokens": windows.tokens,
@@ -90,7 +90,7 @@ def in_memory(checkpoint: Path, tokens: int, seq_len: int, backbone_ratio: float
     windows = gp.Calibration.from_ids(random_windows(model.config.vocab_size, tokens, seq_len))
     shape = ModelShape.from_config(model.config)
     seconds: dict[str, float] = {}
-    with _timed(seconds, "bare passes"), frozen(model):
+    with _timed(seconds, "bare passes"), eval_without_grad(model):
         collect._run(model, windows, backward=True)
     with _timed(seconds, "bare products"):
         _products(shape, windows, model.dtype)

@@ -24,11 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_gqaprune as gp
 from hf_gqaprune.compensation.least_squares import Walk
 from hf_gqaprune.data.text import load_text
-from hf_gqaprune.data.windows import batches_of, split_batches
+from hf_gqaprune.data.windows import refit_batches, split_batches
 from hf_gqaprune.evaluation.perplexity import evaluate_perplexity
 from hf_gqaprune.evaluation.report import count_parameters, versions
 from hf_gqaprune.models.build import assemble, config_of_layers
-from hf_gqaprune.models.decoder import Surroundings
+from hf_gqaprune.models.decoder import DecoderInputs
 from hf_gqaprune.plan import PruningPlan
 from hf_gqaprune.utils.files import write_json
 
@@ -122,11 +122,11 @@ def _merged(dense: Trial, ratio: float, least_squares: bool) -> Any:
         print(plan, flush=True)
         merged = gp.prune(merged, plan, compensation="none")
     calibration, config = dense.calibration, dense.model.config
-    ids, held_out = batches_of(calibration.fitted, calibration.held_out, config.vocab_size)
+    ids, held_out = refit_batches(calibration.fitted, calibration.held_out, config.vocab_size)
     with torch.no_grad():
         hidden = [dense.model.get_input_embeddings()(batch) for batch in ids]
-    surroundings = Surroundings(config, dense.model.model.rotary_emb, calibration.ids.shape[1], torch.float32)
-    walk = Walk(hidden, hidden, held_out, surroundings, merged.config)
+    decoder_inputs = DecoderInputs(config, dense.model.model.rotary_emb, calibration.ids.shape[1], torch.float32)
+    walk = Walk(hidden, hidden, held_out, decoder_inputs, merged.config)
     for index, (layer, new) in enumerate(zip(dense.model.model.layers, merged.model.layers, strict=True)):
         for kind in (ATTENTION, MLP):
             # sizes alone do not tell that the first layer differs

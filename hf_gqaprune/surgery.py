@@ -15,11 +15,11 @@ from .models import (
     PrunedLlamaConfig,
     PrunedLlamaForCausalLM,
     assemble,
-    check_held,
+    check_materialized,
     check_outer_weights,
     check_weights,
     config_of_layers,
-    frozen,
+    eval_without_grad,
 )
 from .plan import LayerPlan, PruningPlan
 from .statistics import Moments, Statistics
@@ -66,7 +66,7 @@ def prune(
     """
     plan.check_model(model.config)
     check_compensation(compensation, plan, statistics)
-    check_held(model)
+    check_materialized(model)
     inner: Any = model.get_decoder()
     check_weights(dict(enumerate(inner.layers)))
     check_outer_weights(model)
@@ -91,7 +91,7 @@ def prune(
     whole = PruningPlan.from_dict(previous).compose(plan) if previous else plan
     pruned.prune_plan = whole.to_dict()
     if walked is not None:
-        with frozen(model):
+        with eval_without_grad(model):
             refit_on_pruned_prefix(model, pruned, walked)
             if compensation == "natural_gradient":
                 natural_gradient_steps(model, pruned, walked)

@@ -13,7 +13,7 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..checkpoint import read_identity, training
+from ..checkpoint import read_identity, read_training_log
 from ..configuration import PruningConfig, Recipe
 from ..errors import UsageError
 from ..plan import PruningPlan
@@ -93,7 +93,7 @@ def _render(folder: Path, base_model: str | os.PathLike[str], stated: dict[str, 
     recipe_path = folder / "recipe.yaml"
     recipe = recipe_path.read_text(encoding="utf-8") if recipe_path.exists() else ""
     known = read_identity(folder) or {}
-    log = training(folder)
+    log = read_training_log(folder)
     terms = llama_terms(stated)
     pipeline_tag, auto_class = head(config)
     title = name.rpartition("/")[2]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models import Surroundings
+from ..models import DecoderInputs
 
 #: what a block is fitted with unless said otherwise
 LEARNING_RATE = 3e-3
@@ -75,8 +75,8 @@ class _Walk:
         self.rows = rows
         self.windows = len(ids)
         # the two models may compute in different dtypes
-        self.surroundings = {
-            decoder: Surroundings(dense.config, decoder.rotary_emb, ids.shape[1], decoder.embed_tokens.weight.dtype)
+        self.decoder_inputs = {
+            decoder: DecoderInputs(dense.config, decoder.rotary_emb, ids.shape[1], decoder.embed_tokens.weight.dtype)
             for decoder in (self.decoder, self.dense_decoder)
         }
         with torch.no_grad():
@@ -151,9 +151,9 @@ class _Walk:
             return lambda hidden: hidden + block(normalise(hidden))
 
         def attend(hidden: torch.Tensor) -> torch.Tensor:
-            surroundings = self.surroundings[decoder]
-            mask = surroundings.mask(hidden, decoder.config)
-            attended = block(normalise(hidden), position_embeddings=surroundings.rope, attention_mask=mask)
+            decoder_inputs = self.decoder_inputs[decoder]
+            mask = decoder_inputs.mask(hidden, decoder.config)
+            attended = block(normalise(hidden), position_embeddings=decoder_inputs.rope, attention_mask=mask)
             return hidden + attended[0]
 
         return attend

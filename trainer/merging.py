@@ -16,7 +16,7 @@ from ..checkpoint import (
     write_identity,
 )
 from ..errors import UsageError
-from ..utils import new_folder, refuse_existing, refuse_lost, write_json
+from ..utils import new_folder, refuse_existing, refuse_overwriting_inputs, write_json
 from .quiet import quiet
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def merge(adapter: str | Path, output: str | Path, *, base: str | Path | None = 
     target = refuse_existing(output, overwrite)
     adapter = Path(adapter)
     folder = base_of(adapter, base)
-    refuse_lost(target, [adapter, folder])
+    refuse_overwriting_inputs(target, [adapter, folder])
     with quiet(), new_folder(target, overwrite) as scratch:
         write_checkpoint(merged(adapter, folder), folder, scratch)
     return target

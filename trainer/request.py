@@ -14,7 +14,7 @@ from ..checkpoint import resolve_model
 from ..configuration import Recipe, RecoveryConfig
 from ..data import text_paths
 from ..errors import UsageError, unknown
-from ..utils import alone, occupied, refuse_existing, refuse_lost
+from ..utils import exclusive_lock, is_occupied, refuse_existing, refuse_overwriting_inputs
 from .models import check_trackers, quantization
 
 #: in the folder of an unfinished training
@@ -114,7 +114,7 @@ def make_request(
     )
     request = Request(os.fspath(model), resolved, os.fspath(output), seed, tuple(evaluation), overwrite, resume)
     for replaced in (request.output, request.work):
-        refuse_lost(replaced, [*read, *text_paths((*config.data, *evaluation))])
+        refuse_overwriting_inputs(replaced, [*read, *text_paths((*config.data, *evaluation))])
     return request
 
 
@@ -143,10 +143,10 @@ def check_output(request: Request) -> None:
     refuse_existing(request.output, request.overwrite)
     record = request.work / REQUEST_FILE
     if not record.is_file():
-        if occupied(request.work):
+        if is_occupied(request.work):
             raise UsageError(f"{request.work}, where the training would be kept, is something else: move it away")
         return
-    with alone(request.work):
+    with exclusive_lock(request.work):
         pass
     if request.overwrite and not request.resume:
         return

@@ -27,7 +27,7 @@ from ..checkpoint import (
 )
 from ..configuration import RecoveryConfig
 from ..errors import UsageError, WorkError
-from ..utils import alone, drop, new_folder, within, write_json, write_text
+from ..utils import exclusive_lock, memory_limit, new_folder, remove_working_folder, write_json, write_text
 from . import checkpoints
 from .blockwise import EPOCHS, reconstruct
 from .data import TrainingData, load_data
@@ -77,7 +77,7 @@ def _train(request: Request, held: ExitStack) -> Path:
         if request.config.method == "lora":
             write_adapter_identity(checkpoint, request.model, folder, base)
 
-    with within(state.device, _smaller(request)):
+    with memory_limit(state.device, _smaller(request)):
         trainer = _make_trainer(request, folder, data, steps, finish, last is not None)
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -285,10 +285,10 @@ def _reconstructed(
 def _prepare(request: Request, base: str, held: ExitStack) -> None:
     """Make the working folder, or refuse the one that is there; until `held` ends no other training may use it."""
     check_output(request)
-    held.enter_context(alone(request.work))
+    held.enter_context(exclusive_lock(request.work))
     record = request.work / REQUEST_FILE
     if not (request.resume and record.exists()):
-        drop(request.work)
+        remove_working_folder(request.work)
     request.work.mkdir(exist_ok=True)
     if not record.exists():
         write_text(record, yaml.safe_dump({**request.to_dict(), "base_fingerprint": base}, sort_keys=False))
@@ -325,4 +325,4 @@ def _write_output(request: Request, folder: ModelFolder, trained: Path, log: dic
             (scratch / ADAPTER).mkdir()
             for path in (path for pattern in keep for path in trained.glob(pattern)):
                 shutil.copyfile(path, scratch / ADAPTER / path.name)
-    drop(request.work)
+    remove_working_folder(request.work)

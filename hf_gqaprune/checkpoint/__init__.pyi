@@ -8,10 +8,10 @@ from .identity import fingerprint_of_digests as fingerprint_of_digests
 from .identity import read_identity as read_identity
 from .identity import write_identity as write_identity
 from .provenance import LOG_FILE as LOG_FILE
-from .provenance import named as named
+from .provenance import format_sources as format_sources
+from .provenance import read_training_log as read_training_log
 from .provenance import refuse_overlap as refuse_overlap
-from .provenance import seen as seen
-from .provenance import training as training
+from .provenance import texts_used as texts_used
 from .reader import INDEX as INDEX
 from .reader import Checkpoint as Checkpoint
 from .saving import CARRIED_FILES as CARRIED_FILES

@@ -11,7 +11,7 @@ import torch
 
 from ..data import demo_model_path
 from ..errors import UsageError
-from ..utils import AUTO, CPU, choose, sha256
+from ..utils import AUTO, CPU, select_device, sha256
 from .reader import Checkpoint
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class ModelFolder:
         """
         from transformers import AutoModelForCausalLM
 
-        place = device if isinstance(device, torch.device) else choose(device)
+        place = device if isinstance(device, torch.device) else select_device(device)
         if place != CPU:
             # directly to the device, without a full copy on the CPU
             options.setdefault("device_map", "auto" if device in (None, AUTO) else {"": place})

@@ -15,17 +15,17 @@ from .identity import read_identity
 LOG_FILE = "training_log.json"
 
 
-def named(sources: Iterable[Mapping[str, Any]]) -> str:
+def format_sources(sources: Iterable[Mapping[str, Any]]) -> str:
     """`books (train), wikitext2 (train)` of entries such as `Calibration.record()` has."""
     return ", ".join(f"{source['name']} ({source['split']})" for source in sources)
 
 
-def seen(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def texts_used(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Every text that a checkpoint was calibrated or trained on, as far as its folder tells: `name`, `split`, `sha256`."""
-    return [*(read_identity(folder) or {}).get("calibration", []), *(training(folder) or {}).get("data", [])]
+    return [*(read_identity(folder) or {}).get("calibration", []), *(read_training_log(folder) or {}).get("data", [])]
 
 
-def training(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+def read_training_log(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The log of the recovery that made a checkpoint, None without one; [`UsageError`] where it is unreadable."""
     path = Path(folder) / LOG_FILE
     if not path.is_file():

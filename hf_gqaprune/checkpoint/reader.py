@@ -219,7 +219,7 @@ def _place(tensor: StoredTensor) -> tuple[int, int]:
     return tensor.start, tensor.nbytes
 
 
-def let_go(file: int, start: int, size: int) -> None:
+def drop_page_cache(file: int, start: int, size: int) -> None:
     """Take a part of an open file out of the page cache, or begin to write it back; nothing where that cannot be said.
 
     Its pages then serve what is read or written next: new ones can take longer than the disk, in a virtual machine say.
@@ -238,7 +238,7 @@ def pieces_of(file: int, stored: StoredTensor) -> Iterator[torch.Tensor]:
     for first in range(0, rows, step):
         piece = torch.empty((min(step, rows - first), *rest), dtype=stored.dtype)
         _read(file, stored, memory_of(piece), stored.start + first * size)
-        let_go(file, stored.start + first * size, len(piece) * size)
+        drop_page_cache(file, stored.start + first * size, len(piece) * size)
         yield piece
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from ..errors import UsageError, WorkError
-from ..utils import CPU, Aside
+from ..utils import CPU, BackgroundWorker
 from .identity import Digest, digest, memory_of
-from .reader import DTYPES, StoredTensor, let_go, pieces_of
+from .reader import DTYPES, StoredTensor, drop_page_cache, pieces_of
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _AHEAD = 8  # pieces that wait to be written
@@ -93,7 +93,7 @@ class ShardWriter:
             except WorkError:
                 self._stack.close()
                 raise
-        self._thread = self._stack.enter_context(Aside(CPU, _AHEAD))
+        self._thread = self._stack.enter_context(BackgroundWorker(CPU, _AHEAD))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -126,10 +126,10 @@ class ShardWriter:
 
     def _send(self, *stretch: int) -> None:
         """Begin to write a stretch back, `(file, start, size)`, and let go of what should be on the disk by now."""
-        let_go(*stretch)
+        drop_page_cache(*stretch)
         self._behind.append(stretch)
         if len(self._behind) > _BEHIND:
-            let_go(*self._behind.popleft())
+            drop_page_cache(*self._behind.popleft())
 
     def wait(self) -> None:
         """Wait until all that was given is written, though not yet on the disk; [`WorkError`] where that failed."""

@@ -24,7 +24,7 @@ from ..configuration import (
     read_source,
 )
 from ..errors import UsageError
-from ..utils import refuse_existing, refuse_lost, write_text
+from ..utils import refuse_existing, refuse_overwriting_inputs, write_text
 from .arguments import HOW
 from .flags import flag_of, given
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     """Run everything a recipe says."""
     recipe = Recipe.load(args.recipe, args.set)
     if not args.resume and args.recipe not in builtin_names():
-        refuse_lost(recipe.output, [args.recipe])
+        refuse_overwriting_inputs(recipe.output, [args.recipe])
     from ..pipeline import run as run_recipe
 
     notify = functools.partial(print, flush=True)
@@ -54,13 +54,13 @@ def plan(args: argparse.Namespace) -> None:
 def prune(args: argparse.Namespace) -> None:
     """Write the smaller checkpoint."""
     request = _prune_request(args)
-    from ..checkpoint import named, read_identity
+    from ..checkpoint import format_sources, read_identity
     from ..pipeline import prune_model
     from ..utils import distributed
 
     chosen = prune_model(request, args.output, overwrite=args.overwrite, resume=args.resume)
     if distributed.index() == 0:
-        texts = named((read_identity(Path(args.output)) or {}).get("calibration", ()))
+        texts = format_sources((read_identity(Path(args.output)) or {}).get("calibration", ()))
         print(f"{chosen}\n\nwritten to {args.output}" + (f", calibrated on {texts}" if texts else ""))
 
 
@@ -95,9 +95,9 @@ def evaluate(args: argparse.Namespace) -> None:
     from ..checkpoint import resolve_model
     from ..data import load_text
     from ..evaluation import REPORT, compared, measure, task_manager, write_report
-    from ..utils import choose
+    from ..utils import select_device
 
-    choose(config.device)
+    select_device(config.device)
     texts = tuple(load_text(name, split="test") for name in config.data)
     models = {name: resolve_model(name) for name in args.models}
     stages = compared(models, texts, args.overwrite) if args.report else {}
@@ -183,7 +183,7 @@ def _prune_request(args: argparse.Namespace) -> PruneRequest:
         if "save_statistics" in request:
             raise UsageError("saved statistics need no calibration pass: leave --save-statistics out")
     if save := request.get("save_statistics"):
-        refuse_existing(save, False, way_out="give --save-statistics another name")
+        refuse_existing(save, False, hint="give --save-statistics another name")
     return PruneRequest(
         args.model,
         PruningConfig(**pruning),

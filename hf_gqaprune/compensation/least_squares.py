@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data import Calibration, batches_of
+from ..data import Calibration, refit_batches
 from ..errors import WorkError
 from ..linalg import cholesky_, exact_products, factors_of_products, gram_strips, mirror_, product, solve_
-from ..models import Surroundings
+from ..models import DecoderInputs
 from ..utils import distributed
 
 #: ridges that are tried, rising, relative to the mean diagonal
@@ -90,8 +90,8 @@ class NormalEquations:
     def complete(self) -> None:
         """Nothing more is added: sum over processes, and give `gram`, of which there is half, the other half."""
         mirror_(self.gram)
-        distributed.add_up((self.gram, self.cross))
-        self.energy = distributed.added_up(float(self.energy), self.gram)
+        distributed.all_reduce_((self.gram, self.cross))
+        self.energy = distributed.all_reduce_scalar(float(self.energy), self.gram)
 
     def __iadd__(self, other: NormalEquations) -> NormalEquations:
         self.gram += other.gram
@@ -119,14 +119,14 @@ def refit_on_pruned_prefix(model: Any, pruned: Any, calibration: Calibration) ->
     from tqdm.auto import tqdm
 
     embed = model.get_input_embeddings()
-    fitted, held = (distributed.share(windows) for windows in (calibration.fitted, calibration.held_out))
-    ids, held_out = batches_of(fitted, held, model.config.vocab_size, embed.weight.device)
+    fitted, held = (distributed.shard(windows) for windows in (calibration.fitted, calibration.held_out))
+    ids, held_out = refit_batches(fitted, held, model.config.vocab_size, embed.weight.device)
     with torch.no_grad():
         hidden = [embed(batch.to(embed.weight.device)) for batch in ids]
-    surroundings = Surroundings(
+    decoder_inputs = DecoderInputs(
         model.config, model.get_decoder().rotary_emb, calibration.ids.shape[1], embed.weight.dtype
     )
-    walk = Walk(hidden, hidden, held_out, surroundings, pruned.config)
+    walk = Walk(hidden, hidden, held_out, decoder_inputs, pruned.config)
     differs = False
     dense_layers, pruned_layers = model.get_decoder().layers, pruned.get_decoder().layers
     pairs = list(zip(dense_layers, pruned_layers, strict=True))
@@ -150,7 +150,7 @@ class Walk:
         dense: Stream,
         pruned: Stream,
         held_out: Sequence[bool],
-        surroundings: Surroundings,
+        decoder_inputs: DecoderInputs,
         config: Any,
         keep: Callable[[Stream], Stream] = list,
     ) -> None:
@@ -160,20 +160,20 @@ class Walk:
             dense: hidden states `(windows, seq_len, hidden)` of each batch in the dense model.
             pruned: the same in the pruned model.
             held_out: which batches choose the ridges.
-            surroundings: of the dense model.
+            decoder_inputs: of the dense model.
             config: of the pruned model.
             keep: makes of new streams something that can be gone through again.
         """
         self.dense, self.pruned, self.held_out = dense, pruned, held_out
-        self.surroundings, self.keep = surroundings, keep
-        self.configs = (surroundings.config, config)
+        self.decoder_inputs, self.keep = decoder_inputs, keep
+        self.configs = (decoder_inputs.config, config)
         self.where = ""
 
     def go_to(self, device: torch.device) -> None:
         """Move streams that are in memory to the device of the layers that come."""
-        if self.surroundings.positions.device == device:
+        if self.decoder_inputs.positions.device == device:
             return
-        self.surroundings = self.surroundings.to(device)
+        self.decoder_inputs = self.decoder_inputs.to(device)
         both_are_one = self.dense is self.pruned
         self.dense = [hidden.to(device) for hidden in self.dense]
         self.pruned = self.dense if both_are_one else [hidden.to(device) for hidden in self.pruned]
@@ -207,8 +207,8 @@ class Walk:
     def _run(self, kind: str, block: nn.Module, hidden: torch.Tensor, which: int) -> torch.Tensor:
         if kind == "mlp":
             return block(hidden)
-        mask = self.surroundings.mask(hidden, self.configs[which])
-        return block(hidden_states=hidden, position_embeddings=self.surroundings.rope, attention_mask=mask)[0]
+        mask = self.decoder_inputs.mask(hidden, self.configs[which])
+        return block(hidden_states=hidden, position_embeddings=self.decoder_inputs.rope, attention_mask=mask)[0]
 
     def _fit_inputs(
         self, dense_block: Any, dense_norm: nn.Module, block: Any, norm: nn.Module, names: Sequence[str]

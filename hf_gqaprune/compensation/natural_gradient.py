@@ -13,7 +13,7 @@ from torch import nn
 from ..data import Calibration, split_batches
 from ..errors import WorkError
 from ..linalg import add_gram_, exact_products
-from ..models import OUTPUT_PROJECTION, frozen
+from ..models import OUTPUT_PROJECTION, eval_without_grad
 from ..statistics import RIDGE
 from ..utils import CPU, distributed
 
@@ -111,7 +111,7 @@ class Predictions:
     @torch.no_grad()
     def of(model: Any, windows: torch.Tensor) -> Predictions:
         """Run the dense model once on `windows`, int64 `(samples, seq_len)`."""
-        batches = list(split_batches(distributed.share(windows), model.config.vocab_size))
+        batches = list(split_batches(distributed.shard(windows), model.config.vocab_size))
         device = model.get_input_embeddings().weight.device
         decoder = model.get_decoder()
         hidden = [decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state.cpu() for ids in batches]
@@ -176,8 +176,8 @@ class _OutputHooks:
 
     def add_up(self) -> None:
         """Sum the results of the last pass over processes."""
-        distributed.add_up((self.slope,) if self.curved else (self.slope, self.inputs, self.outputs))
-        self.tokens = int(distributed.added_up(self.tokens, self.slope))
+        distributed.all_reduce_((self.slope,) if self.curved else (self.slope, self.inputs, self.outputs))
+        self.tokens = int(distributed.all_reduce_scalar(self.tokens, self.slope))
 
     def _forward(self, _module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         self._x = args[0].detach().flatten(0, -2)  # (tokens, n)
@@ -213,7 +213,7 @@ def _measure(fitted: Predictions, pruned: Any, seed: int, hooks: list[_OutputHoo
     device = fitted.head.weight.device
     generator = torch.Generator(device).manual_seed(seed + distributed.index())
     with ExitStack() as stack:
-        stack.enter_context(frozen(pruned))
+        stack.enter_context(eval_without_grad(pruned))
         for hook in hooks:
             hook.begin()
             hook.attach(stack)
@@ -243,7 +243,7 @@ def _divergence(held_out: Predictions, pruned: Any) -> float:
     for ids, wanted in held_out:
         given = pruned(input_ids=ids, use_cache=False).logits.to(wanted.device).float().log_softmax(-1)
         total += float((wanted.exp() * (wanted - given)).sum(dtype=torch.float64))
-    total = distributed.added_up(total, pruned.get_input_embeddings().weight)
+    total = distributed.all_reduce_scalar(total, pruned.get_input_embeddings().weight)
     if total != total:
         raise WorkError("the divergence of the pruned from the dense model is nan: load the model in float32 or bfloat16")
     return total / held_out.tokens

@@ -1,8 +1,8 @@
 from .calibration import Calibration as Calibration
 from .calibration import Source as Source
-from .calibration import draw as draw
-from .calibration import drawing as drawing
-from .calibration import texts_of as texts_of
+from .calibration import load_weighted_texts as load_weighted_texts
+from .calibration import sample_windows as sample_windows
+from .calibration import sampling_bytes as sampling_bytes
 from .demo import demo_model_path as demo_model_path
 from .text import NAMED as NAMED
 from .text import TABLES as TABLES
@@ -13,8 +13,8 @@ from .text import parse_weight as parse_weight
 from .text import text_paths as text_paths
 from .windows import LOGITS_PER_BATCH as LOGITS_PER_BATCH
 from .windows import TOKENS_PER_BATCH as TOKENS_PER_BATCH
-from .windows import batches_of as batches_of
 from .windows import cut_windows as cut_windows
 from .windows import layer_batches as layer_batches
+from .windows import refit_batches as refit_batches
 from .windows import split_batches as split_batches
 from .windows import token_ids as token_ids

@@ -103,10 +103,10 @@ class Calibration:
             UsageError: for text that is empty or shorter than one window, more windows asked than there are, or
                 weights that are not positive.
         """
-        return draw(tokenizer, texts_of(sources, text_column), samples, seq_len, seed)
+        return sample_windows(tokenizer, load_weighted_texts(sources, text_column), samples, seq_len, seed)
 
 
-def draw(
+def sample_windows(
     tokenizer: Any, texts: Sequence[tuple[Text, float]], samples: int, seq_len: int, seed: int
 ) -> Calibration:
     """`Calibration.from_text` of texts and weights that are loaded."""
@@ -140,8 +140,8 @@ def _interleaved(counts: Sequence[int]) -> list[tuple[int, int]]:
     return order
 
 
-def drawing(tokenizer: Any, texts: Sequence[tuple[Text, float]]) -> int:
-    """Bytes of memory that `draw` takes at its most: each text is tokenized as a whole."""
+def sampling_bytes(tokenizer: Any, texts: Sequence[tuple[Text, float]]) -> int:
+    """Bytes of memory that `sample_windows` takes at its most: each text is tokenized as a whole."""
     total = 0
     for text, _ in texts:
         start = text.content[:_GLANCE]
@@ -149,7 +149,7 @@ def drawing(tokenizer: Any, texts: Sequence[tuple[Text, float]]) -> int:
     return total
 
 
-def texts_of(sources: Any, column: str = "text") -> list[tuple[Text, float]]:
+def load_weighted_texts(sources: Any, column: str = "text") -> list[tuple[Text, float]]:
     """The texts, with their weights, that `Calibration.from_text` draws from."""
     if hasattr(sources, "column_names"):
         if column not in sources.column_names:

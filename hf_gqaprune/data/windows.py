@@ -66,7 +66,7 @@ def layer_batches(ids: torch.Tensor, vocabulary: int, device: torch.device) -> l
     return list(split_batches(ids, vocabulary if device == CPU else 1))
 
 
-def batches_of(
+def refit_batches(
     fitted: torch.Tensor, held_out: torch.Tensor, vocabulary: int, device: torch.device
 ) -> tuple[list[torch.Tensor], list[bool]]:
     """Fitted and then held-out batches, and which are held out, as re-fitting takes them."""

@@ -12,16 +12,16 @@ from ..checkpoint import (
     LOG_FILE,
     ModelFolder,
     read_identity,
+    read_training_log,
     refuse_overlap,
-    seen,
-    training,
+    texts_used,
 )
 from ..configuration import EvaluationConfig
 from ..data import Text, token_ids
 from ..errors import UsageError
 from ..models import PLAN_FILE
 from ..plan import PruningPlan
-from ..utils import choose, refuse_existing, within
+from ..utils import memory_limit, refuse_existing, select_device
 from .perplexity import PerplexityResult, evaluate_perplexity, window
 from .report import Report, Stage, count_parameters, versions
 from .tasks import evaluate_tasks
@@ -62,9 +62,9 @@ def measure(
         model.check_weights()
     texts = [replace(text, content=text.content[: config.max_chars]) for text in texts]
     _check_tokens({name: model.tokenizer for name, model in models.items()}, texts)
-    device = choose(config.device)
+    device = select_device(config.device)
     for name, folder in models.items():
-        with within(device, hint):
+        with memory_limit(device, hint):
             model = folder.load(device=config.device)
             results = tuple(
                 evaluate_perplexity(
@@ -140,7 +140,7 @@ def compared(models: Mapping[str, ModelFolder], texts: Iterable[Text], overwrite
         refuse_existing(last / file, overwrite, file=True)
     texts = list(texts)
     refuse_same_names(texts)
-    refuse_seen(texts, seen(last))
+    refuse_seen(texts, texts_used(last))
     stages = ["dense", "pruned", "recovered"] if len(places) == 3 else ["dense", "recovered" if trained[1] else "pruned"]
     return dict(zip(stages, models.values(), strict=True))
 
@@ -156,7 +156,7 @@ def write_report(
         measured: of each, in the same order.
     """
     last = list(stages.values())[-1].path
-    log, known = training(last), read_identity(last) or {}
+    log, known = read_training_log(last), read_identity(last) or {}
     made = tuple(
         Stage(
             stage,

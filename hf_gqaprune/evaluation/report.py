@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import named, refuse_overlap
+from ..checkpoint import format_sources, refuse_overlap
 from ..errors import UsageError, unknown
 from ..utils import refuse_existing, write_json
 from ..version import __version__
@@ -168,7 +168,7 @@ class Report:
         ]
         conditions = [result.conditions() for result in stages[0].perplexity.values()]
         choice = f"{_removed(self.plan)}; criterion {self.plan['criterion']}, allocation {self.plan['allocation']}"
-        seen = [f"calibrated on {named(self.calibration)}"] if self.calibration else []
+        seen = [f"calibrated on {format_sources(self.calibration)}"] if self.calibration else []
         return "\n".join([*lines, "", *conditions, *seen, choice])
 
     def plot(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

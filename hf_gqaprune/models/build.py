@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..utils import spread
+from ..utils import dispatch
 from .configuration_pruned_llama import PrunedLlamaConfig
 from .modeling_pruned_llama import PrunedLlamaForCausalLM
 from .shapes import LayerShape
@@ -55,5 +55,5 @@ def assemble(
     pruned.generation_config = model.generation_config
     for parameter in pruned.parameters():
         parameter.requires_grad_(True)
-    spread(pruned, getattr(model, "hf_device_map", {}))
+    dispatch(pruned, getattr(model, "hf_device_map", {}))
     return pruned.eval()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _ROWS = 4096
 
 
-def check_held(model: nn.Module) -> None:
+def check_materialized(model: nn.Module) -> None:
     """Raise [`UsageError`] where a weight of `model` is on no device, as what `device_map` has offloaded."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -29,7 +29,7 @@ def check_held(model: nn.Module) -> None:
 
 
 @contextmanager
-def frozen(model: PreTrainedModel) -> Iterator[None]:
+def eval_without_grad(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode and no parameter with a gradient; both restored."""
     was_training = model.training
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -45,7 +45,7 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def trainable(parameter: torch.Tensor) -> Iterator[None]:
+def requiring_grad(parameter: torch.Tensor) -> Iterator[None]:
     flag, gradient = parameter.requires_grad, parameter.grad
     parameter.requires_grad_(True)
     parameter.grad = None

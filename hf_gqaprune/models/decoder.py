@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Surroundings:
+class DecoderInputs:
     """Position embeddings and masks for windows of one length, none of them padded."""
 
     def __init__(self, config: Any, rotary: nn.Module, seq_len: int, dtype: torch.dtype) -> None:
@@ -24,7 +24,7 @@ class Surroundings:
         self.rope = rotary(torch.empty(0, dtype=dtype, device=device), self.positions)
         self._masks: dict[tuple[object, ...], torch.Tensor | None] = {}
 
-    def to(self, device: torch.device) -> Surroundings:
+    def to(self, device: torch.device) -> DecoderInputs:
         """The same on another device."""
         moved = copy.copy(self)
         moved.positions = self.positions.to(device)
@@ -56,7 +56,7 @@ class Surroundings:
 
 
 @contextmanager
-def placed(layer: nn.Module, state: dict[str, torch.Tensor]) -> Iterator[None]:
+def materialized(layer: nn.Module, state: dict[str, torch.Tensor]) -> Iterator[None]:
     """Give a layer without weights these, in eval mode and without gradients, and take them away again."""
     layer.load_state_dict(state, assign=True)
     layer.eval().requires_grad_(False)
@@ -66,7 +66,7 @@ def placed(layer: nn.Module, state: dict[str, torch.Tensor]) -> Iterator[None]:
         layer.to("meta")
 
 
-def skeleton(config: Any) -> PreTrainedModel:
+def empty_model(config: Any) -> PreTrainedModel:
     """The model of `config` without weights."""
     from transformers import AutoModelForCausalLM
 

@@ -15,26 +15,26 @@ from ..plan import PruningPlan
 from ..selection import make_plan
 from ..statistics import CRITERIA, Statistics
 from ..streaming import (
-    holds,
-    made_from,
-    moments_room,
+    memory_capacity,
+    moments_disk_bytes,
     prune_checkpoint,
-    statistics_room,
+    statistics_disk_bytes,
+    statistics_inputs,
     stream_statistics,
-    streams_room,
+    streams_disk_bytes,
 )
 from ..utils import (
     PROGRESS,
-    begun,
-    check_room,
-    disk_of,
-    drop,
+    check_disk_space,
+    filesystem_of,
+    memory_limit,
     parse_size,
     refuse_existing,
-    refuse_lost,
+    refuse_overwriting_inputs,
     refuse_unfinished,
+    remove_working_folder,
+    resume_or_start,
     size_on_disk,
-    within,
     working_folder,
     write_json,
 )
@@ -58,14 +58,14 @@ def measured(prepared: Prepared, target: Path, *, overwrite: bool, resume: bool)
         yield prepared.statistics
         return
     kept = prepared.request.save_statistics
-    place = refuse_existing(kept, False, way_out="give --save-statistics another name") if kept else target
+    place = refuse_existing(kept, False, hint="give --save-statistics another name") if kept else target
     working = _measured_folder(place)
     with _streamed(prepared, working, overwrite=overwrite, resume=resume) as statistics:
         yield statistics
         if kept:
             place.parent.mkdir(parents=True, exist_ok=True)
             os.rename(working / "statistics", place)
-        drop(working)
+        remove_working_folder(working)
 
 
 def prune_bounded(prepared: Prepared, output: str | Path, *, overwrite: bool, resume: bool) -> PruningPlan:
@@ -81,7 +81,7 @@ def prune_bounded(prepared: Prepared, output: str | Path, *, overwrite: bool, re
     request, target = prepared.request, Path(output)
     # hours before prune_checkpoint would say so
     refuse_unfinished(working_folder(target), resume, overwrite)
-    refuse_lost(target, [prepared.source, *filter(None, [request.statistics])])
+    refuse_overwriting_inputs(target, [prepared.source, *filter(None, [request.statistics])])
     compensation = request.compensation
     if prepared.plan is not None and compensation == "none":
         prune_checkpoint(
@@ -105,7 +105,7 @@ def drop_unfinished(target: Path) -> None:
     """Remove what interrupted calls for the output `target` left; [`UsageError`] where one of them is at work."""
     for working in (working_folder(target), _measured_folder(target)):
         refuse_unfinished(working, resume=False, overwrite=True)
-        drop(working)
+        remove_working_folder(working)
 
 
 def _check_room(prepared: Prepared, target: Path) -> None:
@@ -123,17 +123,18 @@ def _check_room(prepared: Prepared, target: Path) -> None:
         left -= round(prepared.budget.parameters)
     windows = prepared.calibration if measured_now else prepared.statistics and prepared.statistics.calibration
     refitted = windows is not None and request.compensation == "least_squares"
-    held = holds(prepared.device, _spare(prepared))
-    streams = streams_room(windows.tokens, source.hidden_size, dtype, held) if windows and refitted else 0
-    moments = sum(moments_room(source, rule)) if measured_now and windows else 0
-    measuring, weights = statistics_room(source, dtype, prepared.calibration, rule, held), left * dtype.itemsize + streams
+    held = memory_capacity(prepared.device, _spare(prepared))
+    streams = streams_disk_bytes(windows.tokens, source.hidden_size, dtype, held) if windows and refitted else 0
+    moments = sum(moments_disk_bytes(source, rule)) if measured_now and windows else 0
+    measuring = statistics_disk_bytes(source, dtype, prepared.calibration, rule, held)
+    weights = left * dtype.itemsize + streams
     place, working = _measured_folder(Path(request.save_statistics or target)), working_folder(target)
-    if disk_of(place) == disk_of(working):
+    if filesystem_of(place) == filesystem_of(working):
         most = max(measuring, moments + weights) - size_on_disk(working)
-        check_room(place, most, "statistics, activations and the pruned weights")
+        check_disk_space(place, most, "statistics, activations and the pruned weights")
     else:
-        check_room(place, max(measuring, moments), "statistics and activations")
-        check_room(working, weights, "the pruned weights")
+        check_disk_space(place, max(measuring, moments), "statistics and activations")
+        check_disk_space(working, weights, "the pruned weights")
 
 
 def _measured_folder(place: Path) -> Path:
@@ -144,7 +145,7 @@ def _measured_folder(place: Path) -> Path:
 def _bounded(prepared: Prepared) -> AbstractContextManager[None]:
     """Bound the memory of what computes in the block."""
     memory = prepared.request.pruning.memory
-    return within(prepared.device, _WAY_OUT, parse_size(memory) if memory else None)
+    return memory_limit(prepared.device, _WAY_OUT, parse_size(memory) if memory else None)
 
 
 @contextmanager
@@ -152,12 +153,12 @@ def _streamed(prepared: Prepared, working: Path, *, overwrite: bool, resume: boo
     """Measure into `working`, or take what an interrupted call has measured there; until the block ends it is this call's."""
     source, seed, device = prepared.source, prepared.request.seed, prepared.device
     criterion = prepared.criterion_to_measure
-    inputs = made_from(source, prepared.calibration, criterion, seed, device)
+    inputs = statistics_inputs(source, prepared.calibration, criterion, seed, device)
     done = working / "statistics"
-    with begun(working, resume, overwrite, inputs) as noted:
+    with resume_or_start(working, resume, overwrite, inputs) as noted:
         write_json(working / PROGRESS, noted)
         if not done.exists():
-            # what `begun` let through was begun with the same inputs
+            # what `resume_or_start` let through was begun with the same inputs
             with timed("statistics"), _bounded(prepared):
                 stream_statistics(
                     source, prepared.calibration, done,

@@ -11,12 +11,12 @@ from ..checkpoint import fingerprint, write_checkpoint
 from ..configuration import PruneRequest
 from ..data import text_paths
 from ..errors import UsageError
-from ..models import skeleton
+from ..models import empty_model
 from ..plan import PruningPlan
 from ..selection import MEASURING, make_plan, measure_layers
 from ..statistics import Statistics, collect_statistics
 from ..surgery import prune
-from ..utils import AUTO, distributed, new_folder, refuse_existing, refuse_lost, within
+from ..utils import AUTO, distributed, memory_limit, new_folder, refuse_existing, refuse_overwriting_inputs
 from .bounded import drop_unfinished, measured, prune_bounded
 from .request import Prepared, prepare, record
 from .stages import timed
@@ -86,8 +86,8 @@ def plan_model(
             plan = make_plan(statistics, prepared.selection())
             plan.save(target)
         return plan
-    with within(prepared.device, _HINT):
-        model = _loaded(prepared) if weights else skeleton(prepared.source.config)
+    with memory_limit(prepared.device, _HINT):
+        model = _loaded(prepared) if weights else empty_model(prepared.source.config)
         plan = decide(prepared, model)[0]
     if distributed.index() == 0:
         plan.save(target)
@@ -133,7 +133,7 @@ def prune_model(
         drop_unfinished(Path(output))
     if request.streamed:
         return prune_bounded(prepared, output, overwrite=overwrite, resume=resume)
-    with within(prepared.device, _HINT):
+    with memory_limit(prepared.device, _HINT):
         model = _loaded(prepared)
         plan, statistics = decide(prepared, model)
         with timed("pruning"):
@@ -144,7 +144,7 @@ def prune_model(
             whole = PruningPlan.from_dict(pruned.prune_plan)
             known = {"plan_hash": whole.hash(), "base_fingerprint": fingerprint(source), **record(prepared)}
             write_checkpoint(pruned, source.path, scratch, **known)
-    distributed.wait()
+    distributed.barrier()
     return plan
 
 
@@ -152,4 +152,4 @@ def refuse_lost_inputs(target: str | Path, prepared: Prepared, texts: Iterable[s
     """Raise [`UsageError`] where `target` would replace what a request reads, or one of the `texts`."""
     request = prepared.request
     files = [path for path in (request.plan, request.statistics) if path is not None]
-    refuse_lost(target, [prepared.source, *text_paths((*request.calibration.data, *texts)), *files])
+    refuse_overwriting_inputs(target, [prepared.source, *text_paths((*request.calibration.data, *texts)), *files])

@@ -9,14 +9,14 @@ import torch
 
 from ..checkpoint import ModelFolder, read_identity, resolve_model
 from ..configuration import DEFAULT_CRITERION, PruneRequest, PruningConfig
-from ..data import Calibration, Text, draw, drawing, texts_of
+from ..data import Calibration, Text, load_weighted_texts, sample_windows, sampling_bytes
 from ..errors import UsageError
 from ..models import ModelShape
 from ..plan import PruningPlan
 from ..selection import Budget, check_budget
 from ..statistics import CRITERIA, Statistics
-from ..streaming import Layers, Work, check_bound, check_gpu
-from ..utils import AUTO, choose, distributed, parse_size
+from ..streaming import Layers, Workload, check_gpu_memory, check_memory_bound
+from ..utils import AUTO, distributed, parse_size, select_device
 
 #: the criterion that is measured for a saved plan, which needs no curves, only the moments of a refit
 FOR_REFITTING = "magnitude"
@@ -98,14 +98,14 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
     texts: list[tuple[Text, float]] = []
     if draws:
         samples, seq_len = request.calibration.samples, _seq_len(request, source)
-        texts = texts_of(request.calibration.data)
+        texts = load_weighted_texts(request.calibration.data)
     pass_rule = CRITERIA[FOR_REFITTING if replayed else criterion]
     rule = pass_rule if statistics is None and (not replayed or refit) else None
     if layers is not None and not request.streamed and device.type == "cuda" and pruning.device != AUTO:
-        check_gpu(shape, layers.dtype.itemsize, rule, torch.cuda.get_device_properties(device).total_memory)
+        check_gpu_memory(shape, layers.dtype.itemsize, rule, torch.cuda.get_device_properties(device).total_memory)
     spare = 0
     if pruning.memory is not None and layers is not None:
-        work = Work(
+        work = Workload(
             shape,
             layers.dtype.itemsize,
             samples,
@@ -113,11 +113,11 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
             rule,
             refitted=refit,
             stored=layers.stored_itemsize,
-            text=drawing(source.tokenizer, texts) if draws else 0,
+            text=sampling_bytes(source.tokenizer, texts) if draws else 0,
             gpu=device.type == "cuda",
         )
-        spare = check_bound(work, pruning.memory)
-    calibration = draw(source.tokenizer, texts, samples, seq_len, request.seed) if draws else None
+        spare = check_memory_bound(work, pruning.memory)
+    calibration = sample_windows(source.tokenizer, texts, samples, seq_len, request.seed) if draws else None
     return Prepared(request, device, source, criterion, budget, plan, statistics, calibration, spare)
 
 
@@ -148,14 +148,14 @@ def _seq_len(request: PruneRequest, source: ModelFolder) -> int:
 
 def _device(request: PruneRequest) -> torch.device:
     """Choose where this process computes; raise [`UsageError`] for no such device, or several processes at one's work."""
-    assigned, asked = distributed.join(), request.pruning.device
+    assigned, asked = distributed.init(), request.pruning.device
     if asked == AUTO and request.streamed:
         raise UsageError(
             "--device auto spreads a whole model over all GPUs; --memory, and a saved plan without compensation, use one: "
             "leave --device out"
         )
     if assigned is None:
-        return choose(asked)
+        return select_device(asked)
     if request.streamed:
         raise UsageError(
             "--memory, and a saved plan without compensation, are the work of one process: leave accelerate launch out"

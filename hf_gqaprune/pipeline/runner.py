@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .. import hub
-from ..checkpoint import resolve_model, seen
+from ..checkpoint import resolve_model, texts_used
 from ..configuration import DENSE, PruneRequest, Recipe, RecoveryConfig
 from ..data import Text, load_text
 from ..errors import UsageError, WorkError
@@ -36,7 +36,7 @@ from ..evaluation import (
 from ..model_cards import card_command, check_name, create_model_card, derived_name
 from ..plan import PruningPlan
 from ..trainer import launch, load_data, make_request
-from ..utils import alone, occupied, refuse_existing, release, within, write_json, write_text
+from ..utils import empty_gpu_cache, exclusive_lock, is_occupied, memory_limit, refuse_existing, write_json, write_text
 from .prune import PLAN, prune_model, refuse_lost_inputs
 from .request import Prepared, calibrated_on, prepare
 from .stages import timed
@@ -114,7 +114,7 @@ def run(
         "calibration": (recipe.calibration, calibrated_on(prepared), _ids(prepared)),
         "prune": recipe.prune,
     }
-    with alone(folder):
+    with exclusive_lock(folder):
         if folder.exists() and not resume:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def _ids(prepared: Prepared) -> list[list[int]]:
 @contextmanager
 def _hint_for_runs(device: torch.device, hint: str) -> Iterator[None]:
     """Name what a recipe can change where a GPU is full, also where a stage has named flags that `run` does not have."""
-    with within(device, hint):
+    with memory_limit(device, hint):
         try:
             yield
         except WorkError as error:
@@ -175,7 +175,7 @@ class _Stages:
         self._write()
         with timed(name):
             work(again)
-        release()
+        empty_gpu_cache()
         self.done[name] = digest
         self._write()
 
@@ -186,7 +186,7 @@ class _Stages:
 def _check_output(folder: Path, resume: bool, overwrite: bool) -> None:
     """Refuse a folder that would be replaced without being asked, or that no run has written."""
     # a recipe.yaml may be the user's own; run.json is written by a run alone
-    if occupied(folder) and not (folder / STATE).exists():
+    if is_occupied(folder) and not (folder / STATE).exists():
         raise UsageError(f"{folder} is not the output of a run: choose another output")
     refuse_existing(folder, overwrite or resume)
 
@@ -197,7 +197,7 @@ def _check_evaluation(recipe: Recipe, prepared: Prepared) -> tuple[Text, ...]:
     window(prepared.source.config, evaluate.seq_len, evaluate.stride)
     texts = tuple(load_text(name, split="test") for name in evaluate.data)
     refuse_same_names(texts)
-    refuse_seen(texts, [*seen(prepared.source.path), *calibrated_on(prepared)])
+    refuse_seen(texts, [*texts_used(prepared.source.path), *calibrated_on(prepared)])
     if evaluate.tasks:
         task_manager(evaluate.tasks, evaluate.include_path)
     return texts

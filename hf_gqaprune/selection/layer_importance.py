@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..data import Calibration, split_batches
 from ..errors import WorkError, unknown
-from ..models import frozen
+from ..models import eval_without_grad
 
 
 def measure_layers(model: Any, calibration: Calibration, *, measure: str = "similarity") -> list[float]:
@@ -28,7 +28,7 @@ def measure_layers(model: Any, calibration: Calibration, *, measure: str = "simi
     """
     if measure not in MEASURES:
         raise unknown("measure of layer importance", measure, MEASURES)
-    with frozen(model), torch.no_grad():
+    with eval_without_grad(model), torch.no_grad():
         scores = MEASURES[measure](model, calibration)
     for index, score in enumerate(scores):
         if not abs(score) < float("inf"):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint import resolve_model
 from ..configuration import PruningConfig
 from ..errors import UsageError
-from ..models import Key, ModelShape, skeleton
+from ..models import Key, ModelShape, empty_model
 from ..plan import LayerPlan, PruningPlan
 from ..statistics import CRITERIA, Statistics, collect_statistics
 from .allocation import ALLOCATIONS, MEASURING, AllocationInputs
@@ -110,7 +110,7 @@ def _uncalibrated(model: Any, criterion: str | None, seed: int) -> Statistics:
         raise UsageError(f"criterion {name} needs statistics: collect_statistics(model, calibration, criterion={name!r})")
     if isinstance(model, (str, os.PathLike)):
         folder = resolve_model(model)
-        model = skeleton(folder.config) if name == "random" else folder.load()
+        model = empty_model(folder.config) if name == "random" else folder.load()
     if name != "random" and any(p.device.type == "meta" for p in model.parameters()):
         raise UsageError(f"criterion {name} reads weights, and this model has none (meta device): use criterion random")
     return collect_statistics(model, None, criterion=name, moments=False, seed=seed)

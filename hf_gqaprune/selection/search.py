@@ -18,7 +18,7 @@ from ..compensation import refit_columns
 from ..data import split_batches
 from ..dependency_graph import trace_units
 from ..errors import UsageError, WorkError
-from ..models import OUTPUT_PROJECTION, Key, frozen
+from ..models import OUTPUT_PROJECTION, Key, eval_without_grad
 from ..statistics import Statistics
 from ..utils import distributed
 from .budget import Budget
@@ -63,8 +63,8 @@ def refine(model: PreTrainedModel, statistics: Statistics, budget: Budget, start
         raise UsageError("allocation search measures on held-out windows: calibrate with 8 windows or more (--samples)")
     if not all(statistics.blocks[key].has_moments for key in budget.units):
         raise UsageError("allocation search needs statistics with moments: collect them with moments=True")
-    with frozen(model), torch.no_grad(), _masked(model, statistics, budget) as candidate:
-        held_out = distributed.share(calibration.held_out)
+    with eval_without_grad(model), torch.no_grad(), _masked(model, statistics, budget) as candidate:
+        held_out = distributed.shard(calibration.held_out)
         targets = [_Target.of(model, ids) for ids in split_batches(held_out, model.config.vocab_size)]
         for key, count in start.items():
             candidate.place(key, count)
@@ -165,7 +165,7 @@ class _Descent:
     def _divergence(self) -> float:
         self.bar.update()
         some = self.model.get_input_embeddings().weight
-        total = distributed.added_up(sum(target.divergence(self.model) for target in self.targets), some)
+        total = distributed.all_reduce_scalar(sum(target.divergence(self.model) for target in self.targets), some)
         if total != total:
             raise WorkError("the divergence of a candidate from the dense model is not a number: activations overflow")
         return total

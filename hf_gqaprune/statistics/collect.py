@@ -19,12 +19,12 @@ from ..models import (
     KINDS,
     OUTPUT_PROJECTION,
     ModelShape,
-    check_held,
+    check_materialized,
     check_outer_weights,
     check_weights,
-    frozen,
+    eval_without_grad,
     loss_gradient,
-    trainable,
+    requiring_grad,
 )
 from ..utils import CPU, distributed
 from .criteria import CRITERIA, Block, Criterion
@@ -75,14 +75,14 @@ def collect_statistics(
     check_outer_weights(model)
     hooks: dict[tuple[int, str], MomentHooks] = {}
     with ExitStack() as stack:
-        stack.enter_context(frozen(model))
+        stack.enter_context(eval_without_grad(model))
         for index, shape in enumerate(source.layers):
             for kind in KINDS:
                 if kind not in shape.skip:
                     hooks[index, kind] = MomentHooks(index, kind, layers[index], slices[index])
         if calibration is not None and (rule.calibrated or moments):
             check_tokens(calibration, source)
-            check_held(model)
+            check_materialized(model)
             for block in hooks.values():
                 block.attach(stack, rule.moments or moments, rule.output_gradients, rule.weight_gradients)
             backward = rule.output_gradients or rule.weight_gradients
@@ -149,7 +149,7 @@ class MomentHooks:
             stack.callback(output.register_forward_hook(self._hook_output).remove)
         if weight_gradients:
             for name, linear in self.linears.items():
-                stack.enter_context(trainable(linear.weight))
+                stack.enter_context(requiring_grad(linear.weight))
                 self.weight_gradients[name] = torch.zeros_like(linear.weight, dtype=torch.float32)
                 hook = linear.weight.register_post_accumulate_grad_hook(self._weight_gradient_hook(name))
                 stack.callback(hook.remove)
@@ -157,8 +157,8 @@ class MomentHooks:
     def all_reduce(self) -> None:
         """Sum over processes."""
         sums = [self.inputs, self.input_sum, self.gradients, *self.weight_gradients.values()]
-        distributed.add_up(tensor for tensor in sums if tensor is not None)
-        self.tokens = int(distributed.added_up(self.tokens, next(iter(self.linears.values())).weight))
+        distributed.all_reduce_(tensor for tensor in sums if tensor is not None)
+        self.tokens = int(distributed.all_reduce_scalar(self.tokens, next(iter(self.linears.values())).weight))
 
     def block(self, seed: int) -> Block:
         """Return the input of a criterion, turning the sums into means in place."""
@@ -215,7 +215,7 @@ def _run(model: PreTrainedModel, calibration: Calibration, backward: bool) -> No
     from tqdm.auto import tqdm
 
     device = next(model.parameters()).device
-    batches = list(split_batches(distributed.share(calibration.ids), model.config.vocab_size))
+    batches = list(split_batches(distributed.shard(calibration.ids), model.config.vocab_size))
     with torch.set_grad_enabled(backward):
         for batch in tqdm(batches, desc="calibration", unit="batch", disable=None, leave=False):
             ids = batch.to(device)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..utils import CPU, Aside, host_memory, save_tensors, to_device, to_host
+from ..utils import CPU, BackgroundWorker, host_memory, save_tensors, to_device, to_host
 
 #: part of the host's memory that is left to others
 _FREE = 0.25
@@ -28,7 +28,7 @@ class _Kept:
     where: torch.Tensor | Future[torch.Tensor] | Path
 
 
-class Spill:
+class ActivationStore:
     """Named sequences of tensors in a folder, one file per tensor; a sequence that is there is whole.
 
     What a GPU gives stays in memory while there is some: in its own, then in that of the host, since the way to a disk is
@@ -50,7 +50,7 @@ class Spill:
         self._room = room
         # of the host: bytes that are promised and not yet taken
         self._coming = 0
-        self._copier = None if device == CPU else Aside(device)
+        self._copier = None if device == CPU else BackgroundWorker(device)
 
     def write(self, name: str, tensors: Iterable[torch.Tensor]) -> None:
         """Write a sequence that is not there before `commit`; [`WorkError`] where it cannot be written."""
@@ -65,7 +65,7 @@ class Spill:
         if not all(isinstance(item.where, Path) for item in kept):
             self._kept[part] = kept
 
-    def commit(self, name: str) -> Spilled:
+    def commit(self, name: str) -> StoredSequence:
         """Let a written sequence be there."""
         self.drop(name)
         part = f"{name}.part"
@@ -74,9 +74,9 @@ class Spill:
             self._kept[name] = self._kept.pop(part)
         else:
             os.rename(self.folder / part, self.folder / name)
-        return Spilled(self, name)
+        return StoredSequence(self, name)
 
-    def keep(self, tensors: Iterable[torch.Tensor]) -> Spilled:
+    def keep(self, tensors: Iterable[torch.Tensor]) -> StoredSequence:
         """Write a sequence under a name of its own."""
         name = str(max((int(name) for name in self._names()), default=-1) + 1)
         self.write(name, tensors)
@@ -144,22 +144,22 @@ class Spill:
         return copy
 
 
-def holds(device: torch.device, room: int) -> int:
-    """Bytes of activations that a `Spill` would now hold in memory."""
+def memory_capacity(device: torch.device, room: int) -> int:
+    """Bytes of activations that an `ActivationStore` would now hold in memory."""
     if device == CPU:
         return 0
     total, available = host_memory()
     return room + max(0, int(available - _FREE * total))
 
 
-class Spilled(Iterable[torch.Tensor]):
+class StoredSequence(Iterable[torch.Tensor]):
     """A sequence, read anew each time it is gone through."""
 
-    def __init__(self, spill: Spill, name: str) -> None:
-        self.spill, self.name = spill, name
+    def __init__(self, store: ActivationStore, name: str) -> None:
+        self.store, self.name = store, name
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        return self.spill.read(self.name)
+        return self.store.read(self.name)
 
 
 def _arrived(item: _Kept) -> None:

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from ..checkpoint import FLOATS, Checkpoint, ModelFolder
 from ..errors import UsageError
-from ..models import Surroundings, check_finite, expected_tensors, layer_prefix, placed, skeleton
-from ..utils import CPU, ReadAhead, trim
+from ..models import DecoderInputs, check_finite, empty_model, expected_tensors, layer_prefix, materialized
+from ..utils import CPU, Prefetcher, trim_heap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,8 +43,8 @@ class Layers:
             )
         self.folder, self.config, self.device = folder, config, device
         self.checkpoint = folder.tensors
-        self._skeleton = skeleton(config)
-        _check_tensors(folder, self.checkpoint, self._skeleton)
+        self._model = empty_model(config)
+        _check_tensors(folder, self.checkpoint, self._model)
         floats = [stored for stored in self.checkpoint.tensors.values() if stored.dtype in FLOATS]
         self.stored_itemsize = max(stored.dtype.itemsize for stored in floats)
         self.dtype = folder.dtype
@@ -52,7 +52,7 @@ class Layers:
 
     def __enter__(self) -> Layers:
         self._stack.enter_context(self.checkpoint)
-        self._weights = ReadAhead(self.device, self._read, dict[str, torch.Tensor].values)
+        self._weights = Prefetcher(self.device, self._read, dict[str, torch.Tensor].values)
         self._stack.callback(self._weights.close)
         return self
 
@@ -74,22 +74,22 @@ class Layers:
 
         On a GPU the one that is asked for next, `following`, is read in the meantime.
         """
-        layers: Any = self._skeleton.get_decoder().layers
+        layers: Any = self._model.get_decoder().layers
         # the layer before would leave the heap a little larger
-        trim()
+        trim_heap()
         there = following is not None and 0 <= following < len(layers)
-        with placed(layers[index], self._weights.take(index, following if there else None)):
+        with materialized(layers[index], self._weights.take(index, following if there else None)):
             yield layers[index]
 
     def _read(self, index: int) -> dict[str, torch.Tensor]:
         """Of a layer, on the device, by the names within it."""
-        layer: Any = self._skeleton.get_decoder().layers[index]
+        layer: Any = self._model.get_decoder().layers[index]
         # old checkpoints hold more, such as the frequencies of the position embeddings
         return {name: self.tensor(layer_prefix(index) + name) for name in layer.state_dict()}
 
     def head(self) -> tuple[nn.Module, torch.Tensor]:
         """The last norm, and the weight `(vocabulary, hidden)` of the head."""
-        norm: Any = self._skeleton.get_decoder().norm
+        norm: Any = self._model.get_decoder().norm
         norm.load_state_dict({"weight": self._outer("model.norm.weight")}, assign=True)
         tied = self.config.tie_word_embeddings
         return norm.requires_grad_(False), self._outer("model.embed_tokens.weight" if tied else "lm_head.weight")
@@ -100,10 +100,10 @@ class Layers:
         check_finite(name, weight)
         return weight
 
-    def surroundings(self, seq_len: int) -> Surroundings:
+    def decoder_inputs(self, seq_len: int) -> DecoderInputs:
         """What a layer needs beside hidden states."""
-        rotary: Any = self._skeleton.get_decoder().rotary_emb
-        return Surroundings(self.config, type(rotary)(config=rotary.config).to(self.device), seq_len, self.dtype)
+        rotary: Any = self._model.get_decoder().rotary_emb
+        return DecoderInputs(self.config, type(rotary)(config=rotary.config).to(self.device), seq_len, self.dtype)
 
 
 def _check_tensors(folder: ModelFolder, checkpoint: Checkpoint, model: PreTrainedModel) -> None:

@@ -22,7 +22,7 @@ _SHORT = 256  # tokens of a window that is proposed where windows are what takes
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What is done within a bound.
 
     Attributes:
@@ -130,7 +130,7 @@ class Work:
         return 2 * self._weights(layer) + max(alone, inputs, sums + max(adding, 8 * 2 * wide * d + 8 * 2048 * wide))
 
 
-def check_bound(work: Work, memory: str) -> int:
+def check_memory_bound(work: Workload, memory: str) -> int:
     """Bytes of `memory`, a size, that the work leaves.
 
     Raises:
@@ -152,7 +152,7 @@ def check_bound(work: Work, memory: str) -> int:
     raise UsageError(f"--memory {memory} is too little: {stage} needs {_gib(needed)} in all: {', or '.join(ways)}")
 
 
-def moments_room(source: ModelShape, rule: Criterion) -> list[int]:
+def moments_disk_bytes(source: ModelShape, rule: Criterion) -> list[int]:
     """Bytes on the disk of each layer's moments: float32, half of each square and a little more."""
     return [4 * sum(map(half_size, widths)) for widths in _moments(source, rule)]
 
@@ -163,7 +163,7 @@ def _moments(source: ModelShape, rule: Criterion) -> list[list[int]]:
     return [[s.query_heads * s.head_dim, s.ffn, *gradients] for s in source.layers]
 
 
-def check_gpu(shape: ModelShape, itemsize: int, measured: Criterion | None, total: int) -> None:
+def check_gpu_memory(shape: ModelShape, itemsize: int, measured: Criterion | None, total: int) -> None:
     """Raise [`UsageError`] where a GPU of `total` bytes cannot even hold a whole model and the sums of all its layers."""
     sums = 0 if measured is None else sum(4 * width**2 for widths in _moments(shape, measured) for width in widths)
     least = shape.cost.parameters * itemsize + sums

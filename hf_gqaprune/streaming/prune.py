@@ -34,23 +34,23 @@ from ..surgery import check_compensation, pruned_config
 from ..utils import (
     CPU,
     PROGRESS,
-    begun,
-    check_room,
-    drop,
-    put_in_place,
+    assembly_folder,
+    check_disk_space,
     refuse_existing,
-    refuse_lost,
+    refuse_overwriting_inputs,
+    remove_working_folder,
+    replace_folder,
     resumable,
+    resume_or_start,
     sha256,
     to_host,
-    whole_folder,
     working_folder,
     write_json,
     write_text,
 )
-from .activations import holds
+from .activations import memory_capacity
 from .layers import Layers
-from .refit import Refit, streams_room
+from .refit import Refit, streams_disk_bytes
 
 
 def prune_checkpoint(
@@ -108,11 +108,11 @@ def prune_checkpoint(
     check_compensation(compensation, plan, statistics)
     target = refuse_existing(output, overwrite)
     folder = resolve_model(model)
-    refuse_lost(target, [folder, *([statistics.folder] if statistics and statistics.folder else [])])
+    refuse_overwriting_inputs(target, [folder, *([statistics.folder] if statistics and statistics.folder else [])])
     plan.check_model(folder.config)
     layers = Layers(folder, device)
     checkpoint = layers.checkpoint
-    pruned = _pruned_skeleton(folder, plan)
+    pruned = _pruned_model(folder, plan)
     working = working_folder(target)
     writer = ShardWriter(working, expected_tensors(pruned), max_shard_size, pruned.num_parameters())
     refitted = statistics if compensation == "least_squares" else None
@@ -125,11 +125,14 @@ def prune_checkpoint(
         "device": sha256(refitted and device.type),
     }
     walked = refitted.calibration if refitted else None
-    streams = 0 if walked is None else streams_room(walked.tokens, plan.source.hidden_size, layers.dtype, holds(device, spare))
-    with begun(working, resume, overwrite, inputs, ("read", "written")) as noted, resumable(working):
-        check_room(working, sum(writer.files.values()) + streams, "the pruned weights")
+    streams = 0
+    if walked is not None:
+        held = memory_capacity(device, spare)
+        streams = streams_disk_bytes(walked.tokens, plan.source.hidden_size, layers.dtype, held)
+    with resume_or_start(working, resume, overwrite, inputs, ("read", "written")) as noted, resumable(working):
+        check_disk_space(working, sum(writer.files.values()) + streams, "the pruned weights")
         write_json(working / PROGRESS, noted)
-        whole = whole_folder(working)
+        whole = assembly_folder(working)
         with layers, writer:
             _resume(checkpoint, writer, noted)
             refit = Refit(layers, pruned, refitted, working, spare) if refitted else None
@@ -141,8 +144,8 @@ def prune_checkpoint(
             os.rename(working / name, whole / name)
         # another may have come by now
         refuse_existing(target, overwrite)
-        put_in_place(whole, target)
-        drop(working)
+        replace_folder(whole, target)
+        remove_working_folder(working)
     return target
 
 
@@ -278,7 +281,7 @@ def _resume(checkpoint: Checkpoint, writer: ShardWriter, noted: dict[str, Any]) 
             writer.holds(name, digest)
 
 
-def _pruned_skeleton(folder: ModelFolder, plan: PruningPlan) -> PrunedLlamaForCausalLM:
+def _pruned_model(folder: ModelFolder, plan: PruningPlan) -> PrunedLlamaForCausalLM:
     """The pruned model without weights, with what `prune` would give it of `folder`."""
     from transformers import GenerationConfig
 

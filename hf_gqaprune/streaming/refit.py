@@ -10,18 +10,18 @@ from typing import Any
 import torch
 
 from ..compensation import Walk
-from ..data import batches_of
+from ..data import refit_batches
 from ..dependency_graph import UnitSlices
-from ..models import placed
+from ..models import materialized
 from ..plan import LayerPlan
 from ..statistics import Moments, Statistics
 from ..surgery import prune_layer
-from ..utils import ReadAhead, write_json
-from .activations import Spill, Spilled
+from ..utils import Prefetcher, write_json
+from .activations import ActivationStore, StoredSequence
 from .layers import Layers
 
 
-def streams_room(tokens: int, hidden: int, dtype: torch.dtype, held: int = 0) -> int:
+def streams_disk_bytes(tokens: int, hidden: int, dtype: torch.dtype, held: int = 0) -> int:
     """Bytes on disk of the streams at their most: of both models before a layer, in the middle of it and behind it.
 
     `held` bytes of them stay in memory.
@@ -43,33 +43,33 @@ class Refit:
             spare: bytes of a GPU's memory for them.
         """
         self.layers, self.pruned, self.statistics = layers, pruned, statistics
-        self.spill = Spill(working / "streams", layers.device, spare)
+        self.store = ActivationStore(working / "streams", layers.device, spare)
         self.walk: Walk | None = None
         self.differs = False
-        self._moments = ReadAhead(layers.device, self._read, _tensors)
+        self._moments = Prefetcher(layers.device, self._read, _tensors)
 
     def begin(self, first: int) -> int:
         """Stand before the layer `first`, or before an earlier one where its streams are not there: which one it is."""
         calibration = self.statistics.calibration
         if calibration is None:
             return first
-        self.spill.folder.mkdir(parents=True, exist_ok=True)
-        ids, held_out = batches_of(
+        self.store.folder.mkdir(parents=True, exist_ok=True)
+        ids, held_out = refit_batches(
             calibration.fitted, calibration.held_out, self.layers.config.vocab_size, self.layers.device
         )
         found = next((index for index in range(first, -1, -1) if self._whole(index)), 0)
-        for path in self.spill.folder.glob("before-*.json"):
+        for path in self.store.folder.glob("before-*.json"):
             # of streams that are gone, or will be made anew
             if path != self._note(found):
                 path.unlink()
         if self._whole(found):
             state = self._state(found)
-            dense, pruned = (Spilled(self.spill, state[name]) for name in ("dense", "pruned"))
+            dense, pruned = (StoredSequence(self.store, state[name]) for name in ("dense", "pruned"))
             self.differs = state["differs"]
         else:
-            dense = pruned = self.spill.keep(self.layers.embedded(ids))
-        surroundings = self.layers.surroundings(calibration.ids.shape[1])
-        self.walk = Walk(dense, pruned, held_out, surroundings, self.pruned.config, self.spill.keep)
+            dense = pruned = self.store.keep(self.layers.embedded(ids))
+        decoder_inputs = self.layers.decoder_inputs(calibration.ids.shape[1])
+        self.walk = Walk(dense, pruned, held_out, decoder_inputs, self.pruned.config, self.store.keep)
         return found
 
     def layer(self, index: int, kept: LayerPlan, slices: UnitSlices) -> dict[str, torch.Tensor]:
@@ -82,12 +82,12 @@ class Refit:
             if self.walk is None:
                 return new
             layer = self.pruned.get_decoder().layers[index]
-            with placed(layer, new):
+            with materialized(layer, new):
                 for kind in ("attention", "mlp"):
                     self.differs = self.walk.block(index, kind, dense, layer, self.differs)
                 new = dict(layer.state_dict())
             streams = {"dense": self.walk.dense, "pruned": self.walk.pruned}
-            names = {key: stream.name for key, stream in streams.items() if isinstance(stream, Spilled)}
+            names = {key: stream.name for key, stream in streams.items() if isinstance(stream, StoredSequence)}
             write_json(self._note(index + 1), {**names, "differs": self.differs})
         return new
 
@@ -99,7 +99,7 @@ class Refit:
         if self.walk is not None:
             state = self._state(index + 1)
             self._note(index).unlink(missing_ok=True)
-            self.spill.drop_all_but((state["dense"], state["pruned"]))
+            self.store.drop_all_but((state["dense"], state["pruned"]))
 
     def _state(self, index: int) -> dict[str, Any]:
         """The names of the streams before a layer, and whether they differ."""
@@ -111,11 +111,11 @@ class Refit:
         if not self._note(index).exists():
             return False
         state = self._state(index)
-        return all(self.spill.has(state[name]) for name in ("dense", "pruned"))
+        return all(self.store.has(state[name]) for name in ("dense", "pruned"))
 
     def _note(self, index: int) -> Path:
         """Which streams there are before a layer."""
-        return self.spill.folder / f"before-{index}.json"
+        return self.store.folder / f"before-{index}.json"
 
 
 def _tensors(layer: dict[str, Moments]) -> Iterator[torch.Tensor]:

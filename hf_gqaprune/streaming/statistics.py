@@ -37,22 +37,22 @@ from ..statistics import (
 from ..utils import (
     CPU,
     PROGRESS,
-    Aside,
-    begun,
-    check_room,
-    drop,
-    put_in_place,
+    BackgroundWorker,
+    assembly_folder,
+    check_disk_space,
     refuse_existing,
-    refuse_lost,
+    refuse_overwriting_inputs,
+    remove_working_folder,
+    replace_folder,
     resumable,
+    resume_or_start,
     sha256,
-    whole_folder,
     working_folder,
     write_json,
 )
-from .activations import Spill, holds
+from .activations import ActivationStore, memory_capacity
 from .layers import Layers
-from .memory_bound import moments_room
+from .memory_bound import moments_disk_bytes
 
 #: blocks and sequences that wait to be written or removed
 _AHEAD = 5
@@ -101,7 +101,7 @@ def stream_statistics(
         raise unknown("criterion", criterion, CRITERIA)
     target = refuse_existing(output, overwrite)
     folder = resolve_model(model)
-    refuse_lost(target, [folder])
+    refuse_overwriting_inputs(target, [folder])
     config = folder.config
     source = ModelShape.from_config(config)
     if calibration is None and CRITERIA[criterion].calibrated:
@@ -113,12 +113,12 @@ def stream_statistics(
     if calibration is not None:
         check_tokens(calibration, source)
     working = working_folder(target)
-    made = made_from(folder, calibration, criterion, seed, device)
-    needed = statistics_room(source, layers.dtype, calibration, CRITERIA[criterion], holds(device, spare))
-    with begun(working, resume, overwrite, made) as noted, resumable(working):
-        check_room(working, needed, "the statistics and activations")
+    made = statistics_inputs(folder, calibration, criterion, seed, device)
+    needed = statistics_disk_bytes(source, layers.dtype, calibration, CRITERIA[criterion], memory_capacity(device, spare))
+    with resume_or_start(working, resume, overwrite, made) as noted, resumable(working):
+        check_disk_space(working, needed, "the statistics and activations")
         write_json(working / PROGRESS, noted)
-        whole = whole_folder(working)
+        whole = assembly_folder(working)
         with layers:
             _Pass(layers, source, calibration, criterion, seed, working, spare).run()
         blocks = {
@@ -133,12 +133,12 @@ def stream_statistics(
             os.rename(path, whole / path.name)
         # another may have come by now
         refuse_existing(target, overwrite)
-        put_in_place(whole, target)
-        drop(working)
+        replace_folder(whole, target)
+        remove_working_folder(working)
     return Statistics.load(target)
 
 
-def statistics_room(
+def statistics_disk_bytes(
     source: ModelShape, dtype: torch.dtype, calibration: Calibration | None, rule: Criterion, held: int = 0
 ) -> int:
     """Bytes on the disk at their most: of activations at the turn of the passes, or of moments at the end.
@@ -149,13 +149,13 @@ def statistics_room(
         return 0
     stream = calibration.tokens * source.hidden_size * dtype.itemsize
     backward = rule.output_gradients or rule.weight_gradients
-    moments = moments_room(source, rule)
+    moments = moments_disk_bytes(source, rule)
     # going back, every layer's moments take the place of its activations
     most = max(0, stream * (len(source.layers) + 2) - held) + max(moments) if backward else 0
     return max(most, sum(moments) + max(0, (3 if backward else 2) * stream - held))
 
 
-def made_from(
+def statistics_inputs(
     folder: ModelFolder, calibration: Calibration | None, criterion: str, seed: int, device: torch.device
 ) -> dict[str, str]:
     """What the statistics of a model depend on, as `unfinished.begun` compares it."""
@@ -185,9 +185,9 @@ class _Pass:
         self.backward = self.rule.output_gradients or self.rule.weight_gradients
         self.ids = None if calibration is None else calibration.ids
         self.slices = trace_units(source.layers)
-        self.spill = Spill(working, layers.device, spare)
+        self.store = ActivationStore(working, layers.device, spare)
         # what a GPU has measured is written while it goes on
-        self.writer = None if layers.device == CPU else Aside(layers.device, _AHEAD)
+        self.writer = None if layers.device == CPU else BackgroundWorker(layers.device, _AHEAD)
 
     def run(self) -> None:
         if self.writer is None:
@@ -205,26 +205,26 @@ class _Pass:
             for index in tqdm(range(count), desc="weights", unit="layer", disable=None, leave=False):
                 self._weigh(index)
             return
-        spill = self.spill
+        store = self.store
         self.batches = layer_batches(self.ids, self.layers.config.vocab_size, self.layers.device)
-        self.surroundings = self.layers.surroundings(self.ids.shape[1])
+        self.decoder_inputs = self.layers.decoder_inputs(self.ids.shape[1])
         # a layer's activations may be there before its statistics are
         measured = [self._measured(index) for index in range(count)]
-        there = [spill.has(f"input-{i}") for i in range(count + 1)]
+        there = [store.has(f"input-{i}") for i in range(count + 1)]
         # the way back needs the inputs of all layers that are left, some of which may have been in memory
-        back = next((i for i in range(count + 1) if spill.has(f"gradient-{i}") and all(measured[i:] + there[:i])), None)
+        back = next((i for i in range(count + 1) if store.has(f"gradient-{i}") and all(measured[i:] + there[:i])), None)
         if back is None:
             done = [i for i in range(count + 1) if there[i] and all(there[:i] if self.backward else measured[:i])]
             if not done:
-                spill.write("input-0", self.layers.embedded(self.batches))
-                spill.commit("input-0")
+                store.write("input-0", self.layers.embedded(self.batches))
+                store.commit("input-0")
             for index in tqdm(range(max(done, default=0), count), desc="forward", unit="layer", disable=None, leave=False):
                 self._forward(index)
             if not self.backward:
                 return
-            spill.write(f"gradient-{count}", self._loss_gradients(count))
-            spill.commit(f"gradient-{count}")
-            spill.drop(f"input-{count}")
+            store.write(f"gradient-{count}", self._loss_gradients(count))
+            store.commit(f"gradient-{count}")
+            store.drop(f"input-{count}")
             back = count
         for index in tqdm(range(back - 1, -1, -1), desc="backward", unit="layer", disable=None, leave=False):
             self._back(index)
@@ -246,21 +246,21 @@ class _Pass:
 
     def _forward(self, index: int) -> None:
         """The inputs of the next layer; without a backward pass also the statistics of this one."""
-        spill = self.spill
+        store = self.store
         with self.layers.layer(index, index + 1) as layer, ExitStack() as stack:
             check_weights({index: layer})
             hooks = [] if self.backward else self._hooks(index, layer, stack)
             with torch.no_grad():
-                spill.write(f"input-{index + 1}", self._outputs(index, layer))
+                store.write(f"input-{index + 1}", self._outputs(index, layer))
             self._save(hooks)
-        spill.commit(f"input-{index + 1}")
+        store.commit(f"input-{index + 1}")
         if not self.backward:
-            self._later(spill.drop, f"input-{index}")
+            self._later(store.drop, f"input-{index}")
 
     def _outputs(self, index: int, layer: Any) -> Iterator[torch.Tensor]:
         finite = torch.ones((), dtype=torch.bool, device=self.layers.device)
-        for hidden in self.spill.read(f"input-{index}"):
-            output = self.surroundings.run(layer, hidden)
+        for hidden in self.store.read(f"input-{index}"):
+            output = self.decoder_inputs.run(layer, hidden)
             finite &= torch.isfinite(output).all()
             yield output
         # looked at once, so that a GPU need not wait after each batch
@@ -270,29 +270,29 @@ class _Pass:
     def _loss_gradients(self, count: int) -> Iterator[torch.Tensor]:
         """Of the summed next-token loss with respect to what the last layer puts out."""
         norm, head = self.layers.head()
-        for ids, hidden in zip(self.batches, self.spill.read(f"input-{count}"), strict=True):
+        for ids, hidden in zip(self.batches, self.store.read(f"input-{count}"), strict=True):
             normed = norm(hidden.requires_grad_(True))
             normed.backward(loss_gradient(normed, functools.partial(F.linear, weight=head), ids, len(head)))
             yield _gradient(hidden)
 
     def _back(self, index: int) -> None:
         """The statistics of a layer, and the gradient with respect to its inputs."""
-        spill = self.spill
+        store = self.store
 
         def gradients() -> Iterator[torch.Tensor]:
-            outer = spill.read(f"gradient-{index + 1}")
-            for hidden, gradient in zip(spill.read(f"input-{index}"), outer, strict=True):
+            outer = store.read(f"gradient-{index + 1}")
+            for hidden, gradient in zip(store.read(f"input-{index}"), outer, strict=True):
                 hidden.requires_grad_(True)
-                self.surroundings.run(layer, hidden).backward(gradient)
+                self.decoder_inputs.run(layer, hidden).backward(gradient)
                 yield _gradient(hidden)
 
         with self.layers.layer(index, index - 1) as layer, ExitStack() as stack:
             hooks = self._hooks(index, layer, stack)
-            spill.write(f"gradient-{index}", gradients())
+            store.write(f"gradient-{index}", gradients())
             self._save(hooks)
-        spill.commit(f"gradient-{index}")
+        store.commit(f"gradient-{index}")
         for name in (f"gradient-{index + 1}", f"input-{index}"):
-            self._later(spill.drop, name)
+            self._later(store.drop, name)
 
     def _hooks(self, index: int, layer: Any, stack: ExitStack) -> list[MomentHooks]:
         hooks = [MomentHooks(index, kind, layer, self.slices[index]) for kind in self._kinds(index)]

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 AUTO = "auto"
 
 
-def choose(name: str | None) -> torch.device:
+def select_device(name: str | None) -> torch.device:
     """`cpu`, `cuda` or `cuda:N`; None and `auto`: the first GPU (CUDA or ROCm), or the CPU where there is none.
 
     Raises:
@@ -38,11 +38,11 @@ def choose(name: str | None) -> torch.device:
 
 
 @contextmanager
-def within(device: torch.device, way_out: str, size: int | None = None) -> Iterator[None]:
+def memory_limit(device: torch.device, hint: str, size: int | None = None) -> Iterator[None]:
     """Let this process take no more than `size` bytes of a GPU's memory, None for all of it, until the block ends.
 
     Raises:
-        WorkError: it was too little; one line that ends in `way_out`.
+        WorkError: it was too little; one line that ends in `hint`.
     """
     bound = size if device.type == "cuda" else None
     if bound is not None:
@@ -52,13 +52,13 @@ def within(device: torch.device, way_out: str, size: int | None = None) -> Itera
         yield
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        raise WorkError(f"the memory of {device} is full ({reason}): {way_out}") from error
+        raise WorkError(f"the memory of {device} is full ({reason}): {hint}") from error
     finally:
         if bound is not None:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def spread(model: Any, places: Mapping[str, int | str | torch.device]) -> None:
+def dispatch(model: Any, places: Mapping[str, int | str | torch.device]) -> None:
     """Let `model`, which lies on the devices that `places` (a `hf_device_map`) names, run over them as accelerate does it."""
     from accelerate.hooks import attach_align_device_hook_on_blocks
 

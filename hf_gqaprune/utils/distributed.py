@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 
-def join() -> torch.device | None:
+def init() -> torch.device | None:
     """Join the other processes of an `accelerate launch`; the device of this one, None where it is alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
@@ -33,19 +33,19 @@ def index() -> int:
     return dist.get_rank() if count() > 1 else 0
 
 
-def share(windows: torch.Tensor) -> torch.Tensor:
+def shard(windows: torch.Tensor) -> torch.Tensor:
     """The rows of `windows` that this process takes: every n-th of n processes, possibly none."""
     return windows[index() :: count()]
 
 
-def add_up(tensors: Iterable[torch.Tensor]) -> None:
+def all_reduce_(tensors: Iterable[torch.Tensor]) -> None:
     """Sum each tensor over all processes, in place."""
     if count() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
 
 
-def added_up(value: float, like: torch.Tensor) -> float:
+def all_reduce_scalar(value: float, like: torch.Tensor) -> float:
     """A number summed over all processes, float64; `like` names a device that they can exchange from."""
     if count() == 1:
         return value
@@ -54,7 +54,7 @@ def added_up(value: float, like: torch.Tensor) -> float:
     return float(total)
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all processes are here."""
     if count() > 1:
         dist.barrier()

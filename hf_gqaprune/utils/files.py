@@ -27,7 +27,7 @@ def refuse_existing(
     overwrite: bool,
     *,
     file: bool = False,
-    way_out: str = "choose another output or pass --overwrite",
+    hint: str = "choose another output or pass --overwrite",
 ) -> Path:
     """Return `path`, where a folder may be written, or a `file`.
 
@@ -41,9 +41,9 @@ def refuse_existing(
         raise UsageError(f"{target} ends in ..: write out which folder is meant, {target.resolve()}")
     if target.is_symlink() and not file:
         raise UsageError(f"{target} is a link, which a folder cannot replace: name {target.resolve()}")
-    taken = occupied(target)
+    taken = is_occupied(target)
     if taken and not overwrite:
-        raise UsageError(f"{target} exists already: {way_out}")
+        raise UsageError(f"{target} exists already: {hint}")
     if file and target.is_dir():
         raise UsageError(f"{target} is a folder: name a file")
     if target.exists() and (os.path.ismount(target) or Path.cwd().is_relative_to(target.resolve())):
@@ -61,7 +61,7 @@ def refuse_existing(
     return target
 
 
-def occupied(path: Path) -> bool:
+def is_occupied(path: Path) -> bool:
     """Whether there is anything at `path`; an empty folder counts as absent."""
     return path.exists() and not (path.is_dir() and not any(path.iterdir()))
 
@@ -75,7 +75,7 @@ def _head(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def refuse_lost(target: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
+def refuse_overwriting_inputs(target: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
     """Raise [`UsageError`] where one of `inputs`, files or folders that will be read, is `target` or lies in it."""
     replaced = Path(target).resolve()
     for path in inputs:
@@ -85,7 +85,7 @@ def refuse_lost(target: str | os.PathLike[str], inputs: Iterable[str | os.PathLi
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path) -> Iterator[None]:
     """Let no other call work in `folder`, which need not be there, until the block ends or the process does.
 
     A file beside it is locked, so that the folder itself may go and come back meanwhile.
@@ -127,13 +127,13 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterato
         yield scratch
         # another may have come by now
         refuse_existing(target, overwrite)
-        put_in_place(scratch, target)
+        replace_folder(scratch, target)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
 
 
-def put_in_place(folder: Path, target: Path) -> None:
+def replace_folder(folder: Path, target: Path) -> None:
     """Give `folder` the name `target` on the same disk; what was there goes, or comes back on an error."""
     folder.chmod(0o777 & ~_umask())
     if not target.exists():
@@ -171,7 +171,7 @@ def write_json(path: str | os.PathLike[str], data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
-def check_room(folder: Path, size: int, what: str) -> None:
+def check_disk_space(folder: Path, size: int, what: str) -> None:
     """Raise [`UsageError`] unless `folder`, with what it holds already, has room on its disk for `size` bytes of `what`."""
     there = size_on_disk(folder)
     place = next(path for path in folder.absolute().parents if path.exists())
@@ -183,7 +183,7 @@ def check_room(folder: Path, size: int, what: str) -> None:
         )
 
 
-def disk_of(path: Path) -> int:
+def filesystem_of(path: Path) -> int:
     """Which disk `path`, which need not be there, is on or would be."""
     return next(place for place in path.absolute().parents if place.exists()).stat().st_dev
 

@@ -30,14 +30,14 @@ def host_memory() -> tuple[int, int]:
     return total, available
 
 
-def trim() -> None:
+def trim_heap() -> None:
     """Give back to the system what was freed among what is in use; the C library, glibc for one, keeps it otherwise."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
 
-def release() -> None:
+def empty_gpu_cache() -> None:
     """Give back what is no longer used of a GPU's memory, so that another process finds it."""
     gc.collect()
     if torch.cuda.is_initialized():

@@ -14,7 +14,7 @@ from .device import CPU
 T = TypeVar("T")
 
 
-class Aside:
+class BackgroundWorker:
     """A thread that works for the one that computes on a device, with a stream of its own there; a context manager.
 
     What fails is raised where its result is asked for, and nothing that was given after it is done.
@@ -27,7 +27,7 @@ class Aside:
         self._device, self._thread = device, ThreadPoolExecutor(1)
         self._failed: BaseException | None = None
 
-    def __enter__(self) -> Aside:
+    def __enter__(self) -> BackgroundWorker:
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -78,7 +78,7 @@ class Aside:
         return found
 
 
-class ReadAhead(Generic[T]):
+class Prefetcher(Generic[T]):
     """What is read piece by piece, by numbers; for a GPU a thread reads the next piece while one is used."""
 
     def __init__(self, device: torch.device, read: Callable[[int], T], tensors: Callable[[T], Iterable[torch.Tensor]]) -> None:
@@ -90,7 +90,7 @@ class ReadAhead(Generic[T]):
             tensors: all that a piece holds.
         """
         self._read, self._tensors = read, tensors
-        self._reader = None if device == CPU else Aside(device)
+        self._reader = None if device == CPU else BackgroundWorker(device)
         self._coming: dict[int, Future[T]] = {}
 
     def take(self, number: int, following: int | None) -> T:

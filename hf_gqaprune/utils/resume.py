@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, WorkError
-from .files import alone
+from .files import exclusive_lock
 
 PROGRESS = "progress.json"
 #: in a working folder: what is put together last and then takes the output's name
-WHOLE = "whole"
+ASSEMBLY = "whole"
 VERSION = 1
 
 
@@ -26,7 +26,7 @@ def working_folder(target: Path) -> Path:
 
 
 @contextmanager
-def begun(
+def resume_or_start(
     working: Path, resume: bool, overwrite: bool, inputs: dict[str, str], notes: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
     """Let no other call work in `working` until the block ends, and yield what an interrupted one noted there.
@@ -38,11 +38,11 @@ def begun(
         UsageError: there was one, and this call is not told to go on with it or was given other `inputs`; or it is at work.
         WorkError: the folder cannot be made.
     """
-    with alone(working):
+    with exclusive_lock(working):
         _refuse(working, resume, overwrite)
         if not (resume and (working / PROGRESS).exists()):
             # without its progress a folder is what is left of one that was being removed
-            drop(working)
+            remove_working_folder(working)
         try:
             working.mkdir(exist_ok=True)
         except OSError as error:
@@ -51,7 +51,7 @@ def begun(
             yield _noted(working, inputs, notes)
         except BaseException:
             if not (working / PROGRESS).exists():
-                drop(working)
+                remove_working_folder(working)
             raise
 
 
@@ -66,7 +66,7 @@ def resumable(working: Path) -> Iterator[None]:
 
 
 def _noted(working: Path, inputs: dict[str, str], notes: Sequence[str]) -> dict[str, Any]:
-    """What `begun` yields."""
+    """What `resume_or_start` yields."""
     path = working / PROGRESS
     if not path.exists():
         return {"version": VERSION, "inputs": inputs, **{name: {} for name in notes}}
@@ -83,9 +83,9 @@ def _noted(working: Path, inputs: dict[str, str], notes: Sequence[str]) -> dict[
     return noted
 
 
-def whole_folder(working: Path) -> Path:
+def assembly_folder(working: Path) -> Path:
     """An empty folder in `working` to put the output together in; files that an interrupted call had moved there are back."""
-    whole = working / WHOLE
+    whole = working / ASSEMBLY
     if whole.is_dir():
         for path in whole.glob("*.safetensors"):
             os.rename(path, working / path.name)
@@ -94,7 +94,7 @@ def whole_folder(working: Path) -> Path:
     return whole
 
 
-def drop(working: Path) -> None:
+def remove_working_folder(working: Path) -> None:
     """Remove a working folder, if it is there; under another name, so that half of it is never gone on with."""
     going = working.with_name(f"{working.name}.dropped")
     shutil.rmtree(going, ignore_errors=True)
@@ -106,7 +106,7 @@ def drop(working: Path) -> None:
 def refuse_unfinished(working: Path, resume: bool, overwrite: bool) -> None:
     """Raise [`UsageError`] where a call works in `working`, or left it and this one neither goes on with it nor drops it."""
     if working.exists():
-        with alone(working):
+        with exclusive_lock(working):
             _refuse(working, resume, overwrite)
 
 

@@ -25,10 +25,10 @@ from hf_gqaprune.data.windows import layer_batches
 from hf_gqaprune.errors import UsageError
 from hf_gqaprune.models.shapes import LayerShape, ModelShape
 from hf_gqaprune.statistics.criteria import CRITERIA
-from hf_gqaprune.streaming.activations import holds
-from hf_gqaprune.streaming.memory_bound import PROCESS, Work, check_gpu, moments_room
-from hf_gqaprune.streaming.refit import streams_room
-from hf_gqaprune.streaming.statistics import statistics_room as room
+from hf_gqaprune.streaming.activations import memory_capacity
+from hf_gqaprune.streaming.memory_bound import PROCESS, Workload, check_gpu_memory, moments_disk_bytes
+from hf_gqaprune.streaming.refit import streams_disk_bytes
+from hf_gqaprune.streaming.statistics import statistics_disk_bytes as room
 from hf_gqaprune.utils.memory import host_memory, parse_size
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it counts: one two three four five. " * 60
@@ -355,7 +355,7 @@ def test_the_text_counts_before_it_is_tokenized(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (place / "text.txt").write_text(TEXT * 2_000)
-    monkeypatch.setattr("hf_gqaprune.data.calibration.draw", None)
+    monkeypatch.setattr("hf_gqaprune.data.calibration.sample_windows", None)
     said = refused(capsys, command(place, "prune", "out", "--memory", "1GiB"))
     assert "the calibration text needs" in said
     tokens = len(TEXT) * 2_000
@@ -369,10 +369,10 @@ def test_sizes() -> None:
             parse_size(text)
 
 
-def llama_3_8b(**changes: Any) -> Work:
+def llama_3_8b(**changes: Any) -> Workload:
     shape = ModelShape(4096, 128256, False, False, False, "bfloat16", (LayerShape(32, 8, 14336, 128),) * 32)
     given = {"windows": 1, "seq_len": 2048, "measured": CRITERIA["curvature"], "refitted": True}
-    return Work(shape, 2, **(given | changes))
+    return Workload(shape, 2, **(given | changes))
 
 
 def test_a_gpu_that_cannot_hold_model_and_sums_is_told() -> None:
@@ -381,9 +381,9 @@ def test_a_gpu_that_cannot_hold_model_and_sums_is_told() -> None:
     for rule, taken in (
         (CRITERIA["curvature"], weights + sums + 32 * 8 * 4096**2), (CRITERIA["wanda"], weights + sums), (None, weights)
     ):  # fmt: skip
-        check_gpu(shape, 2, rule, taken)
+        check_gpu_memory(shape, 2, rule, taken)
         with pytest.raises(UsageError, match=r"takes more than \d+\.\d\dGiB, and the GPU has .*GiB: --memory SIZE"):
-            check_gpu(shape, 2, rule, taken - 1)
+            check_gpu_memory(shape, 2, rule, taken - 1)
 
 
 def test_the_estimate_for_llama_3_8b() -> None:
@@ -400,16 +400,16 @@ def test_the_estimate_for_llama_3_8b() -> None:
 
 def test_what_memory_holds_needs_no_disk() -> None:
     shape, rule, windows = llama_3_8b().shape, CRITERIA["curvature"], Calibration(torch.zeros(128, 2048, dtype=torch.long))
-    stream, moments = windows.tokens * 4096 * 2, moments_room(shape, rule)
+    stream, moments = windows.tokens * 4096 * 2, moments_disk_bytes(shape, rule)
     whole = room(shape, torch.bfloat16, windows, rule)
     assert whole == 34 * stream + max(moments)
     assert room(shape, torch.bfloat16, windows, rule, held=20 * stream) == max(14 * stream + max(moments), sum(moments))
     assert room(shape, torch.bfloat16, windows, rule, held=whole) == sum(moments)
-    assert streams_room(windows.tokens, 4096, torch.bfloat16, held=4 * stream) == 2 * stream
-    assert streams_room(windows.tokens, 4096, torch.bfloat16, held=7 * stream) == 0
-    assert holds(torch.device("cpu"), 1 << 40) == 0
+    assert streams_disk_bytes(windows.tokens, 4096, torch.bfloat16, held=4 * stream) == 2 * stream
+    assert streams_disk_bytes(windows.tokens, 4096, torch.bfloat16, held=7 * stream) == 0
+    assert memory_capacity(torch.device("cpu"), 1 << 40) == 0
     total, available = host_memory()
-    assert 0 < available <= total and holds(torch.device("cuda"), 1 << 40) >= 1 << 40
+    assert 0 < available <= total and memory_capacity(torch.device("cuda"), 1 << 40) >= 1 << 40
 
 
 def test_a_gpu_takes_more_windows_at_once_where_no_logits_are_made() -> None:

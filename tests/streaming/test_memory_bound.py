@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from support.memory_worker import GROUPS, HIDDEN, LAYER, TEXT, WIDE
 
-from hf_gqaprune.data.calibration import drawing
+from hf_gqaprune.data.calibration import sampling_bytes
 from hf_gqaprune.data.text import Text
 from hf_gqaprune.models.shapes import LayerShape, ModelShape
 from hf_gqaprune.statistics.criteria import CRITERIA
-from hf_gqaprune.streaming.memory_bound import Work
+from hf_gqaprune.streaming.memory_bound import Workload
 
 #: buffers of a library's own, which are part of `memory.PROCESS`
 OWN = 32 << 20
@@ -24,7 +24,7 @@ OWN = 32 << 20
 def measuring(criterion: str, layer: LayerShape, hidden: int, windows: int = 0) -> int:
     """What the estimate has for scoring a layer, without its weights and sums."""
     shape = ModelShape(hidden, 8, False, False, False, "bfloat16", (layer,))
-    work = Work(shape, 2, windows, 1, CRITERIA[criterion], False)
+    work = Workload(shape, 2, windows, 1, CRITERIA[criterion], False)
     wide = layer.query_heads * layer.head_dim
     sums = 4 * (wide**2 + layer.ffn**2) + 8 * hidden**2 if windows else 0
     return work.stages()["measuring a layer"] - work._weights(layer) - sums
@@ -38,7 +38,7 @@ def test_steps_take_no_more_than_is_said(tokenizer: Any, tmp_path: Path) -> None
     said = {
         "norms": measuring("magnitude", LAYER, HIDDEN),
         "removal": measuring("curvature", LayerShape(GROUPS, GROUPS, 8, WIDE // GROUPS), WIDE, windows=1),
-        "tokenizing": drawing(tokenizer, [(Text("text", "file", TEXT), 1.0)]),
+        "tokenizing": sampling_bytes(tokenizer, [(Text("text", "file", TEXT), 1.0)]),
     }
     assert taken.keys() == said.keys()
     for name, size in said.items():
@@ -47,6 +47,6 @@ def test_steps_take_no_more_than_is_said(tokenizer: Any, tmp_path: Path) -> None
 
 def test_weights_that_are_stored_wider_are_there_twice() -> None:
     shape = ModelShape(64, 1000, False, False, False, "bfloat16", (LayerShape(4, 2, 128, 16),))
-    stages = [Work(shape, 2, 4, 8, CRITERIA["curvature"], False, stored=stored).stages() for stored in (0, 2, 4)]
+    stages = [Workload(shape, 2, 4, 8, CRITERIA["curvature"], False, stored=stored).stages() for stored in (0, 2, 4)]
     assert stages[0] == stages[1]
     assert stages[2]["the embeddings"] - stages[1]["the embeddings"] == 4 * 64 * 1000

@@ -32,10 +32,10 @@ from hf_gqaprune.checkpoint import resolve_model
 from hf_gqaprune.models.losses import loss_gradient
 from hf_gqaprune.models.shapes import ModelShape
 from hf_gqaprune.statistics.criteria import CRITERIA
-from hf_gqaprune.streaming.activations import Spill
+from hf_gqaprune.streaming.activations import ActivationStore
 from hf_gqaprune.streaming.layers import Layers
-from hf_gqaprune.streaming.statistics import statistics_room as room
-from hf_gqaprune.utils.files import check_room
+from hf_gqaprune.streaming.statistics import statistics_disk_bytes as room
+from hf_gqaprune.utils.files import check_disk_space
 
 SHAPES: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     "gqa": ({"layers": 3, "kv_heads": 4, "ffn": 24}, torch.float32),
@@ -259,13 +259,13 @@ def test_room_is_asked_for_what_lies_on_the_disk_at_its_most(
     saved(tmp_path / "dense", layers=3, ffn=200)
     source, rule = ModelShape.from_config(resolve_model(tmp_path / "dense").config), CRITERIA[criterion]
     held: list[int] = []
-    real = Spill.commit
+    real = ActivationStore.commit
 
-    def commit(self: Spill, name: str) -> Any:
+    def commit(self: ActivationStore, name: str) -> Any:
         held.append(sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()))
         return real(self, name)
 
-    monkeypatch.setattr(Spill, "commit", commit)
+    monkeypatch.setattr(ActivationStore, "commit", commit)
     for ids in (token_ids(300, 60), token_ids(4, 12)):
         asked = room(source, torch.float32, Calibration.from_ids(ids), rule)
         held.clear()
@@ -278,8 +278,8 @@ def test_too_little_room_is_told_before_any_work(tmp_path: Path) -> None:
     total = shutil.disk_usage(tmp_path).total
     (tmp_path / "there").mkdir()
     with pytest.raises(UsageError, match=r"the moments need \d+\.\d\d GB more, and .* has \d+\.\d\d GB left: make room"):
-        check_room(tmp_path / "there" / "working", 2 * total, "the moments")
-    check_room(tmp_path / "there" / "working", 1, "the moments")
+        check_disk_space(tmp_path / "there" / "working", 2 * total, "the moments")
+    check_disk_space(tmp_path / "there" / "working", 1, "the moments")
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])

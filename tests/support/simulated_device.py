@@ -171,7 +171,7 @@ def resumed(dense: Path, windows: Any, target: Path, device: torch.device) -> An
     """Streamed statistics of a call that was gone on with after each of four that failed, activations on the disk."""
     import hf_gqaprune as gp
     from hf_gqaprune.errors import WorkError
-    from hf_gqaprune.streaming import activations as spill
+    from hf_gqaprune.streaming import activations
     from hf_gqaprune.streaming import statistics as streamed_statistics
 
     write, calls = streamed_statistics.write_block, 0
@@ -184,7 +184,7 @@ def resumed(dense: Path, windows: Any, target: Path, device: torch.device) -> An
             raise WorkError("the disk is gone")
         write(*arguments)
 
-    memory, spill.host_memory, streamed_statistics.write_block = spill.host_memory, lambda: (1, 0), failing
+    memory, activations.host_memory, streamed_statistics.write_block = activations.host_memory, lambda: (1, 0), failing
     try:
         for _ in range(4):
             try:
@@ -194,17 +194,17 @@ def resumed(dense: Path, windows: Any, target: Path, device: torch.device) -> An
                 assert "the disk is gone; what was finished is in" in str(error)
         return gp.stream_statistics(dense, windows, target, device=device, resume=True)
     finally:
-        spill.host_memory, streamed_statistics.write_block = memory, write
+        activations.host_memory, streamed_statistics.write_block = memory, write
 
 
 def spilled(folder: Path, device: torch.device) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """What a spill gives back of the device's memory, of the host's and of the disk; none of the three has room for all."""
+    """What an activation store reads back from the device's memory, the host's and the disk, none with room for all."""
     from hf_gqaprune.streaming import activations as module
 
     place = folder / device.type
     place.mkdir(parents=True)
     wanted = [torch.full((8,), float(index)) for index in range(1, 7)]
-    spill = module.Spill(place, device, room=2 * 32)
+    store = module.ActivationStore(place, device, room=2 * 32)
     arrived: list[Future[torch.Tensor]] = []
 
     class Copier:
@@ -214,14 +214,14 @@ def spilled(folder: Path, device: torch.device) -> Iterator[tuple[str, dict[str,
             return arrived[-1]
 
     if device != CPU:
-        spill._copier = Copier()  # type: ignore[assignment]
+        store._copier = Copier()  # type: ignore[assignment]
     real, module.host_memory = module.host_memory, lambda: (100, 100 - 32 * len(arrived))  # a quarter stays free
     try:
-        sequence = spill.keep(tensor.to(device) for tensor in wanted)
+        sequence = store.keep(tensor.to(device) for tensor in wanted)
         assert len(list(place.rglob("00*"))) == (6 if device == CPU else 2)
-        again = spill.keep(iter(sequence))
-        spill.drop_all_but((again.name,))
-        for tensors in (again, spill.keep(iter(again))):
+        again = store.keep(iter(sequence))
+        store.drop_all_but((again.name,))
+        for tensors in (again, store.keep(iter(again))):
             assert all(tensor.device == device for tensor in tensors)
             yield "three places", {str(index): tensor.cpu() for index, tensor in enumerate(tensors)}
     finally:
@@ -232,7 +232,7 @@ def over_two_devices(dense: Path, windows: Any, plan: Any) -> Iterator[tuple[str
     """What is measured and pruned of a model whose last layers lie on the device, and of one on the CPU."""
     import hf_gqaprune as gp
     from hf_gqaprune.checkpoint import resolve_model
-    from hf_gqaprune.utils.device import spread
+    from hf_gqaprune.utils.device import dispatch
 
     whole, parted = resolve_model(dense).load(), resolve_model(dense).load()
     layers = [f"model.layers.{index}" for index in range(len(parted.model.layers))]
@@ -241,7 +241,7 @@ def over_two_devices(dense: Path, windows: Any, plan: Any) -> Iterator[tuple[str
     for name in last:
         parted.get_submodule(name).to(SIM)
     # as `device_map` does it
-    spread(parted, {**dict.fromkeys(first, "cpu"), **dict.fromkeys(last, str(SIM))})
+    dispatch(parted, {**dict.fromkeys(first, "cpu"), **dict.fromkeys(last, str(SIM))})
     for criterion in ("curvature", "taylor"):
         measurements = [gp.collect_statistics(model, windows, criterion=criterion) for model in (parted, whole)]
         yield criterion, measured(measurements[0]), measured(measurements[1])

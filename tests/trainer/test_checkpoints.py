@@ -19,7 +19,7 @@ from support.recovering import SETTINGS, assert_equal_weights, prune_to, write_a
 
 from hf_gqaprune import UsageError, WorkError, recover
 from hf_gqaprune.trainer import checkpoints
-from hf_gqaprune.utils.files import alone
+from hf_gqaprune.utils.files import exclusive_lock
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_terminated_it_takes_along_what_it_has_started(pruned: Path, text: str, 
     child.communicate()
     assert child.returncode == 128 + signal.SIGTERM and not out.exists()
     # held by whoever still trains
-    with alone(work):
+    with exclusive_lock(work):
         pass
 
 

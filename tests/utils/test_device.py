@@ -14,21 +14,21 @@ from hf_gqaprune import Calibration, collect_statistics, make_plan, prune
 from hf_gqaprune.cli import main
 from hf_gqaprune.data.demo import demo_model_path as model_path
 from hf_gqaprune.errors import UsageError, WorkError
-from hf_gqaprune.utils.device import CPU, choose, within
+from hf_gqaprune.utils.device import CPU, memory_limit, select_device
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def test_without_a_name_the_first_gpu_is_taken_if_there_is_one() -> None:
-    assert choose(None) == (torch.device("cuda:0") if GPUS else CPU)
-    assert choose("auto") == choose(None)
-    assert choose("cpu") == CPU
+    assert select_device(None) == (torch.device("cuda:0") if GPUS else CPU)
+    assert select_device("auto") == select_device(None)
+    assert select_device("cpu") == CPU
 
 
 @pytest.mark.parametrize("name", ["", "tpu", "mps", "cpu:", "cpu:x", "cuda:", "cuda:-1", "cuda:x", "cuda:0:0"])
 def test_what_is_no_device_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="must be cpu, cuda, cuda:N or auto"):
-        choose(name)
+        select_device(name)
 
 
 def test_a_gpu_that_is_not_there_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,7 +46,7 @@ def test_a_gpu_that_is_not_there_is_refused_before_any_work(tmp_path: Path, caps
 
 def test_a_full_gpu_is_told_in_one_line_with_the_way_out() -> None:
     full = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB"
-    with pytest.raises(WorkError, match=r"^the memory of cpu is full \(CUDA out of memory\): use less$"), within(CPU, "use less"):
+    with pytest.raises(WorkError, match=r"^the memory of cpu is full \(CUDA out of memory\): use less$"), memory_limit(CPU, "use less"):
         raise torch.OutOfMemoryError(full)
 
 

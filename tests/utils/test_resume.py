@@ -30,8 +30,8 @@ from hf_gqaprune import (
 from hf_gqaprune.checkpoint.reader import WEIGHTS, read_header
 from hf_gqaprune.checkpoint.writer import ShardWriter
 from hf_gqaprune.plan import PruningPlan
-from hf_gqaprune.streaming.activations import Spill
-from hf_gqaprune.streaming.refit import Refit, streams_room
+from hf_gqaprune.streaming.activations import ActivationStore
+from hf_gqaprune.streaming.refit import Refit, streams_disk_bytes
 from hf_gqaprune.streaming.statistics import _Pass
 from hf_gqaprune.utils import files
 from hf_gqaprune.utils import resume as unfinished
@@ -128,9 +128,9 @@ def test_what_was_to_be_replaced_comes_back(tmp_path: Path, monkeypatch: pytest.
     real = os.rename
     with monkeypatch.context() as patch, pytest.raises(OSError, match="busy"):
         patch.setattr(os, "rename", lambda a, b: busy_for(old)(a, b) if Path(a) == new else real(a, b))
-        files.put_in_place(new, old)
+        files.replace_folder(new, old)
     assert contents(tmp_path) == {"new/config.json": b"new", "old/config.json": b"old"}
-    files.put_in_place(new, old)
+    files.replace_folder(new, old)
     assert contents(tmp_path) == {"old/config.json": b"new"}
 
 
@@ -217,19 +217,19 @@ def test_the_room_for_streams_is_what_they_take(
 ) -> None:
     plan, statistics = measured
     most = 0
-    real = Spill.commit
+    real = ActivationStore.commit
 
-    def commit(self: Spill, name: str) -> Any:
+    def commit(self: ActivationStore, name: str) -> Any:
         nonlocal most
         found = real(self, name)
         tensors = (load_file(path)["tensor"] for path in self.folder.glob("*/*"))
         most = max(most, sum(tensor.nbytes for tensor in tensors))
         return found
 
-    monkeypatch.setattr(Spill, "commit", commit)
+    monkeypatch.setattr(ActivationStore, "commit", commit)
     prune_checkpoint(place / "dense", plan, place / "out", statistics, compensation="least_squares")
     hidden = json.loads((place / "dense" / "config.json").read_text())["hidden_size"]
-    assert most == streams_room(windows().tokens, hidden, torch.float32)
+    assert most == streams_disk_bytes(windows().tokens, hidden, torch.float32)
 
 
 def test_buffers_of_old_checkpoints_are_not_in_the_way(place: Path, measured: tuple[PruningPlan, Statistics]) -> None:
