@@ -5,7 +5,7 @@ INSTALLED := .venv/installed
 # the parts of the package, as they lie in the wheel: mypy cannot follow the folder mapping of an editable install
 TYPED := build/typed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint structure clean
 
 demo: $(INSTALLED)
 	$(BIN)/gqaprune run demo --overwrite
@@ -18,6 +18,10 @@ lint: $(INSTALLED)
 	rm -rf $(TYPED) && mkdir -p $(TYPED)/hf_gqaprune
 	ln -s $(CURDIR)/hf_gqaprune/* $(CURDIR)/configuration $(CURDIR)/trainer $(CURDIR)/model_cards $(TYPED)/hf_gqaprune/
 	MYPYPATH=$(TYPED) $(BIN)/mypy --package hf_gqaprune
+
+# folders in order, and who imports whom
+structure: $(INSTALLED)
+	$(BIN)/python tools/structure.py
 
 # torch goes first and by itself, so that the version the tests ran on is the one that is resolved
 $(INSTALLED): pyproject.toml
