@@ -29,52 +29,66 @@ class PruningConfig(Settings):
 
     kind: ClassVar[str] = "pruning setting"
 
-    ratio: float | None = setting(None, "fraction of all parameters to remove", fraction, metavar="R")
+    ratio: float | None = setting(default=None, help="fraction of all parameters to remove", check=fraction, metavar="R")
     backbone_ratio: float | None = setting(
-        None, "fraction of the decoder layers' parameters to remove, norms included", fraction, metavar="R"
+        default=None,
+        help="fraction of the decoder layers' parameters to remove, norms included",
+        check=fraction,
+        metavar="R",
     )
     rates: tuple[float, ...] | None = setting(
-        None, "fraction to remove from each layer, one per layer (allocation per_layer)", _rates, metavar="R,R,..."
+        default=None,
+        help="fraction to remove from each layer, one per layer (allocation per_layer)",
+        check=_rates,
+        metavar="R,R,...",
     )
     criterion: Criterion | None = setting(
-        None, f"how units are ranked (default: {DEFAULT_CRITERION}, or that of the saved statistics)", metavar="C"
+        default=None,
+        help=f"how units are ranked (default: {DEFAULT_CRITERION}, or that of the saved statistics)",
+        metavar="C",
     )
     allocation: Allocation | None = setting(
-        None,
-        "how the budget is split over the layers (default: global, or per_layer with rates); query_heads may also remove the "
-        "same number of query heads from every group of a layer, search starts from global and follows measured divergence",
+        default=None,
+        help="how the budget is split over the layers (default: global, or per_layer with rates); query_heads may also remove "
+        "the same number of query heads from every group of a layer, search starts from global and follows divergence",
         metavar="A",
     )
     temperature: float | None = setting(
-        None,
-        "layer_importance: from 0.01 (the least important layers lose everything) over 1 (default) to equal rates",
-        at_least(0.01),
+        default=None,
+        help="layer_importance: from 0.01 (the least important layers lose everything) over 1 (default) to equal rates",
+        check=at_least(0.01),
         metavar="T",
     )
     attention_share: float | None = setting(
-        None, "global: fraction of the removed parameters that attention blocks give (default: by cost)", between(0, 1),
+        default=None,
+        help="global: fraction of the removed parameters that attention blocks give (default: by cost)",
+        check=between(0, 1),
         metavar="S",
-    )  # fmt: skip
-    min_kv_heads: int = setting(1, "KV groups that every block keeps; 0 allows whole blocks to be removed", at_least(0))
-    min_ffn: int = setting(1, "FFN channels that every block keeps; 0 allows whole blocks to be removed", at_least(0))
-    keep_layers: tuple[int, ...] = setting(
-        (), "layers that stay untouched, counted from 0, or from the end with -1", metavar="I,I,..."
     )
-    round_to: int | None = setting(None, "make FFN widths multiples of this many channels", at_least(1))
+    min_kv_heads: int = setting(
+        default=1, help="KV groups that every block keeps; 0 allows whole blocks to be removed", check=at_least(0)
+    )
+    min_ffn: int = setting(
+        default=1, help="FFN channels that every block keeps; 0 allows whole blocks to be removed", check=at_least(0)
+    )
+    keep_layers: tuple[int, ...] = setting(
+        default=(), help="layers that stay untouched, counted from 0, or from the end with -1", metavar="I,I,..."
+    )
+    round_to: int | None = setting(default=None, help="make FFN widths multiples of this many channels", check=at_least(1))
     compensation: Compensation | None = setting(
-        None,
-        "how the remaining weights are refitted: natural_gradient (default), least_squares (closed form only, a fraction of "
-        "the time; default with memory), bias (the mean of what was removed, as biases that count) or none",
+        default=None,
+        help="how the remaining weights are refitted: natural_gradient (default), least_squares (closed form only, a fraction "
+        "of the time; default with memory), bias (the mean of what was removed, as biases that count) or none",
         metavar="C",
     )
     memory: str | None = setting(
-        None,
-        "bound on the memory of the GPU, or of the process where none is used, such as 8GiB: the model is read layer by layer "
-        "and activations wait on disk, or beside a GPU in the memory of the host",
+        default=None,
+        help="bound on the memory of the GPU, or of the process where none is used, such as 8GiB: the model is read layer by "
+        "layer and activations wait on disk, or beside a GPU in the memory of the host",
         metavar="SIZE",
     )
     device: str | None = setting(
-        None, "cpu, cuda, cuda:N, or auto for all GPUs (default: the first GPU, if any)", metavar="D"
+        default=None, help="cpu, cuda, cuda:N, or auto for all GPUs (default: the first GPU, if any)", metavar="D"
     )
 
     def validate_budget(self) -> None:
@@ -82,7 +96,9 @@ class PruningConfig(Settings):
         if len(self.budgets) > 1:
             raise UsageError(f"give exactly one of ratio, backbone_ratio and rates, not {' and '.join(self.budgets)}")
         if (self.method == "per_layer") != (self.rates is not None):
-            raise UsageError("allocation='per_layer' requires rates, one per layer, and rates require allocation='per_layer'")
+            raise UsageError(
+                "allocation='per_layer' requires rates, one per layer, and rates require allocation='per_layer'"
+            )
         if self.rates is not None and (self.keep_layers or self.round_to is not None):
             raise UsageError("keep_layers and round_to do not combine with rates: rate 0 keeps a layer")
 

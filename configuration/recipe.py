@@ -24,8 +24,10 @@ class CardConfig(Settings):
 
     kind: ClassVar[str] = "card setting"
 
-    name: str | None = setting(None, "where it will be on the Hub (default: the folder's name)", metavar="ORG/NAME")
-    license: str | None = setting(None, "licence (default: the base model's)", metavar="L")
+    name: str | None = setting(
+        default=None, help="where it will be on the Hub (default: the folder's name)", metavar="ORG/NAME"
+    )
+    license: str | None = setting(default=None, help="licence (default: the base model's)", metavar="L")
 
 
 @settings
@@ -36,7 +38,7 @@ class Recipe(Settings):
 
     model: str = setting(help="a local folder, a Hub id, or demo (the embedded model)")
     output: str = setting(help="folder that receives every stage's result")
-    seed: int = setting(0, "seed of calibration windows, ties and recovery", seed)
+    seed: int = setting(default=0, help="seed of calibration windows, ties and recovery", check=seed)
     calibration: CalibrationConfig = setting(factory=CalibrationConfig)
     prune: PruningConfig = setting(factory=PruningConfig)
     recover: RecoveryConfig | None = setting(factory=RecoveryConfig.from_preset)

@@ -28,65 +28,86 @@ class RecoveryConfig(Settings):
     kind: ClassVar[str] = "recovery setting"
 
     data: tuple[str, ...] = setting(
-        ("wikitext2",), "text or examples to train on: wikitext2, ptb, demo, a file, or a dataset id; books.txt=0.7 gives a "
-        "weight", metavar="NAME_OR_FILE",
-    )  # fmt: skip
-    preset: str = setting("default", "what settings start from: default, alpaca or alpaca-strong", metavar="P")
-    teacher: str | None = setting(
-        None, "the dense model, to distil from: a folder or Hub id; in a recipe `dense` is the recipe's model", metavar="PATH"
+        default=("wikitext2",),
+        help="text or examples to train on: wikitext2, ptb, demo, a file, or a dataset id; books.txt=0.7 gives a weight",
+        metavar="NAME_OR_FILE",
     )
-    method: Literal["lora", "full"] = setting("lora", "lora (every linear of the decoder layers) or full (all weights)")
-    rank: int = setting(64, "rank of the LoRA adapter", at_least(1))
-    alpha: int = setting(64, "alpha of the LoRA adapter", at_least(1))
-    dropout: float = setting(0.0, "dropout of the LoRA adapter", between(0, 1))
-    rslora: bool = setting(False, "scale the adapter by alpha / sqrt(rank)")
-    dora: bool = setting(False, "decompose weights into magnitude and direction (DoRA)")
+    preset: str = setting(default="default", help="what settings start from: default, alpaca or alpaca-strong", metavar="P")
+    teacher: str | None = setting(
+        default=None,
+        help="the dense model, to distil from: a folder or Hub id; in a recipe `dense` is the recipe's model",
+        metavar="PATH",
+    )
+    method: Literal["lora", "full"] = setting(
+        default="lora", help="lora (every linear of the decoder layers) or full (all weights)"
+    )
+    rank: int = setting(default=64, help="rank of the LoRA adapter", check=at_least(1))
+    alpha: int = setting(default=64, help="alpha of the LoRA adapter", check=at_least(1))
+    dropout: float = setting(default=0.0, help="dropout of the LoRA adapter", check=between(0, 1))
+    rslora: bool = setting(default=False, help="scale the adapter by alpha / sqrt(rank)")
+    dora: bool = setting(default=False, help="decompose weights into magnitude and direction (DoRA)")
     quantize: Literal["4bit"] | None = setting(
-        None, "4bit loads the base quantized (QLoRA, needs bitsandbytes); the merge uses the weights as they are"
+        default=None,
+        help="4bit loads the base quantized (QLoRA, needs bitsandbytes); the merge uses the weights as they are",
     )
     learning_rate: float | None = setting(
-        None, "of AdamW (default: 1 / hidden_size for LoRA with alpha = rank, a fifth of it for all weights)", positive
+        default=None,
+        help="of AdamW (default: 1 / hidden_size for LoRA with alpha = rank, a fifth of it for all weights)",
+        check=positive,
     )
-    schedule: Schedule = setting("cosine", "learning-rate schedule")
-    warmup: float = setting(0.05, "fraction of the steps in which the learning rate rises", between(0, 1))
-    weight_decay: float = setting(0.0, "of AdamW", _not_negative)
-    max_grad_norm: float = setting(1.0, "norm that gradients are clipped to", positive)
-    epochs: int = setting(1, "passes over the training rows", at_least(1))
+    schedule: Schedule = setting(default="cosine", help="learning-rate schedule")
+    warmup: float = setting(default=0.05, help="fraction of the steps in which the learning rate rises", check=between(0, 1))
+    weight_decay: float = setting(default=0.0, help="of AdamW", check=_not_negative)
+    max_grad_norm: float = setting(default=1.0, help="norm that gradients are clipped to", check=positive)
+    epochs: int = setting(default=1, help="passes over the training rows", check=at_least(1))
     max_tokens: int | None = setting(
-        None, "training tokens of one epoch, repeating the data if it is shorter (default: all there are)", at_least(1)
+        default=None,
+        help="training tokens of one epoch, repeating the data if it is shorter (default: all there are)",
+        check=at_least(1),
     )
     seq_len: int | None = setting(
-        None, "tokens per row, BOS included (default: 2048, or the model's positions if fewer)", at_least(2)
+        default=None,
+        help="tokens per row, BOS included (default: 2048, or the model's positions if fewer)",
+        check=at_least(2),
     )
     batch_tokens: int | None = setting(
-        None, "tokens per optimizer step, all processes together (default: 16 rows, at most 16384 tokens)", at_least(1)
+        default=None,
+        help="tokens per optimizer step, all processes together (default: 16 rows, at most 16384 tokens)",
+        check=at_least(1),
     )
-    device_tokens: int = setting(4096, "tokens per forward pass on one device", at_least(1))
-    packing: bool = setting(True, "put several examples into one row; they do not see each other")
-    streaming: bool = setting(False, "read datasets while they download, no further than max_tokens asks")
-    split: str = setting("train", "split of datasets; the evaluation split is refused", _training_split)
+    device_tokens: int = setting(default=4096, help="tokens per forward pass on one device", check=at_least(1))
+    packing: bool = setting(default=True, help="put several examples into one row; they do not see each other")
+    streaming: bool = setting(default=False, help="read datasets while they download, no further than max_tokens asks")
+    split: str = setting(default="train", help="split of datasets; the evaluation split is refused", check=_training_split)
     distillation: float = setting(
-        0.0, "weight of the KL divergence from the teacher; cross-entropy has the rest", between(0, 1)
+        default=0.0, help="weight of the KL divergence from the teacher; cross-entropy has the rest", check=between(0, 1)
     )
-    temperature: float = setting(1.0, "temperature of the distillation", positive)
-    top_k: int = setting(64, "logits of the teacher that are kept; the others count as one", at_least(1))
+    temperature: float = setting(default=1.0, help="temperature of the distillation", check=positive)
+    top_k: int = setting(default=64, help="logits of the teacher that are kept; the others count as one", check=at_least(1))
     teacher_cache: bool = setting(
-        False, "compute the teacher's logits once, to disk, and train without the teacher in memory"
+        default=False, help="compute the teacher's logits once, to disk, and train without the teacher in memory"
     )
     blockwise_tokens: int = setting(
-        0, "tokens, repetitions included, that every block is fitted on before the training itself; 0 leaves it out",
-        at_least(0),
-    )  # fmt: skip
-    held_out_tokens: int = setting(16384, "tokens kept out of the training to measure perplexity on", at_least(0))
-    evaluations: int = setting(5, "how often held-out perplexity is measured", at_least(1))
+        default=0,
+        help="tokens, repetitions included, that every block is fitted on before the training itself; 0 leaves it out",
+        check=at_least(0),
+    )
+    held_out_tokens: int = setting(
+        default=16384, help="tokens kept out of the training to measure perplexity on", check=at_least(0)
+    )
+    evaluations: int = setting(default=5, help="how often held-out perplexity is measured", check=at_least(1))
     patience: int | None = setting(
-        None, "stop after so many evaluations without improvement, and keep the best weights", at_least(1)
+        default=None, help="stop after so many evaluations without improvement, and keep the best weights", check=at_least(1)
     )
-    checkpoints: int = setting(5, "checkpoints written in the course of the training; the last two are kept", at_least(1))
+    checkpoints: int = setting(
+        default=5, help="checkpoints written in the course of the training; the last two are kept", check=at_least(1)
+    )
     activation_checkpointing: bool | None = setting(
-        None, "recompute activations instead of keeping them (default: from a billion parameters on)"
+        default=None, help="recompute activations instead of keeping them (default: from a billion parameters on)"
     )
-    report_to: tuple[str, ...] = setting((), "trackers of transformers' Trainer: tensorboard, wandb, trackio", metavar="T,T")
+    report_to: tuple[str, ...] = setting(
+        default=(), help="trackers of transformers' Trainer: tensorboard, wandb, trackio", metavar="T,T"
+    )
 
     @classmethod
     def from_preset(cls, preset: str = "default", **changes: Any) -> Self:

@@ -17,10 +17,10 @@ class PruneRequest(Settings):
     model: str = setting(help="a local folder, a Hub id, or demo")
     pruning: PruningConfig = setting(factory=PruningConfig)
     calibration: CalibrationConfig = setting(factory=CalibrationConfig)
-    seed: int = setting(0, "seed of the calibration windows and of ties", seed)
-    plan: str | None = setting(None, "a saved plan, instead of a budget", metavar="FILE")
-    statistics: str | None = setting(None, "saved statistics instead of a calibration pass", metavar="DIR")
-    save_statistics: str | None = setting(None, "keep what the calibration pass measured", metavar="DIR")
+    seed: int = setting(default=0, help="seed of the calibration windows and of ties", check=seed)
+    plan: str | None = setting(default=None, help="a saved plan, instead of a budget", metavar="FILE")
+    statistics: str | None = setting(default=None, help="saved statistics instead of a calibration pass", metavar="DIR")
+    save_statistics: str | None = setting(default=None, help="keep what the calibration pass measured", metavar="DIR")
 
     def validate_budget(self) -> None:
         """Refuse a request that does not say what to remove, or says it twice."""

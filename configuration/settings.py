@@ -17,19 +17,25 @@ Check = Callable[[Any], None]
 
 
 def setting(
-    default: Any = MISSING, help: str = "", *checks: Check, factory: Any = MISSING, metavar: str = "", flag: str = ""
+    *,
+    default: Any = MISSING,
+    factory: Any = MISSING,
+    help: str = "",
+    check: Check | None = None,
+    metavar: str = "",
+    flag: str = "",
 ) -> Any:
     """Declare one field.
 
     Args:
         default: its value where nothing else is given.
-        help: one clause for `--help` and the documentation.
-        checks: functions that raise `ValueError("must be ...")`; None passes unchecked.
         factory: makes the default, for a nested section.
+        help: one clause for `--help` and the documentation.
+        check: raises `ValueError("must be ...")` for a value that makes no sense; None passes unchecked.
         metavar: what `--help` shows for the value.
         flag: the command-line flag, where it is not the name with hyphens.
     """
-    metadata = {"help": help, "metavar": metavar, "flag": flag, "validator": list(checks)}
+    metadata = {"help": help, "metavar": metavar, "flag": flag, "validator": [check] if check else []}
     return field(default=default, default_factory=factory, metadata=metadata)
 
 

@@ -80,7 +80,7 @@ def test_help_and_refusals_load_neither_torch_nor_transformers(line: str, tmp_pa
     assert done.stdout.splitlines()[-1] == f"{2 if line.startswith('pl') else 0} []"
 
 
-KNOB = '    knob: int = setting(3, "turns a knob", at_least(2))\n'
+KNOB = '    knob: int = setting(default=3, help="turns a knob", check=at_least(2))\n'
 KNOB_CHECK = """
 from hf_gqaprune.cli import make_parser
 from hf_gqaprune.cli.verbs import _prune_request

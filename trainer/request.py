@@ -82,7 +82,7 @@ def make_request(
     if isinstance(data, RecoveryConfig):
         config = replace(data, **settings)
     else:
-        sources = {"data": [data] if isinstance(data, str) else tuple(data)} if data else {}
+        sources: dict[str, Any] = {"data": [data] if isinstance(data, str) else tuple(data)} if data else {}
         config = RecoveryConfig.from_preset(**sources, **settings)
     if problem := Recipe.problem("seed", seed):
         raise UsageError(problem)
