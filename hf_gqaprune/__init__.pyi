@@ -2,6 +2,7 @@ from .data.calibration import Calibration as Calibration
 from .errors import UsageError as UsageError
 from .errors import WorkError as WorkError
 from .evaluation.perplexity import evaluate_perplexity as evaluate_perplexity
+from .exporters.exporter import export as export
 from .hub import push as push
 from .model_cards.card import create_model_card as create_model_card
 from .models.configuration_pruned_llama import PrunedLlamaConfig as PrunedLlamaConfig

@@ -8,6 +8,7 @@ from .files import check_disk_space as check_disk_space
 from .files import exclusive_lock as exclusive_lock
 from .files import filesystem_of as filesystem_of
 from .files import is_occupied as is_occupied
+from .files import new_file as new_file
 from .files import new_folder as new_folder
 from .files import refuse_existing as refuse_existing
 from .files import refuse_overwriting_inputs as refuse_overwriting_inputs

@@ -152,18 +152,26 @@ def replace_folder(folder: Path, target: Path) -> None:
     shutil.rmtree(old)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` (UTF-8) to `path` in one step: readers see the old file or the new one, never half of it."""
+@contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary file beside `path`; it replaces `path` when the block ends without an error, else it is removed."""
     target = Path(path)
-    handle, scratch = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent or ".")
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    scratch = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(scratch, 0o666 & ~_umask())
+        yield scratch
+        scratch.chmod(0o666 & ~_umask())
         os.replace(scratch, target)
     except BaseException:
-        Path(scratch).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` (UTF-8) to `path` in one step: readers see the old file or the new one, never half of it."""
+    with new_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
