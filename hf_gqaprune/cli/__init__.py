@@ -36,6 +36,7 @@ VERBS: dict[str, tuple[AddArguments, Run, str]] = {
     "eval": (arguments.evaluate, verbs.evaluate, "perplexity and lm-eval tasks, on identical tokens"),
     "card": (arguments.card, verbs.card, "write the model card from plan and report"),
     "push": (arguments.push, verbs.push, "verify a checkpoint and send it to the Hub"),
+    "export": (arguments.export, verbs.export, "write a GGUF file for llama.cpp and ollama, or a plain Llama"),
     "recipes": (arguments.recipes, verbs.recipes, "list, show or copy the built-in recipes"),
     "env": (arguments.env, verbs.env, "versions, for a bug report"),
 }

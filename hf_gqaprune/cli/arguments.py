@@ -106,6 +106,21 @@ def push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="list what would be sent")
 
 
+def export(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("--to", required=True, metavar="FORMAT", help="gguf (one file) or llama (a folder)")
+    _out(parser, "OUT", "the new file, its name ending in .gguf, or folder")
+    gguf = parser.add_argument_group("gguf")
+    gguf.add_argument(
+        "--dtype", default="auto", metavar="D", help="of matrices: f32, f16, bf16, q8_0, or auto, the checkpoint's (default)"
+    )
+    gguf.add_argument(
+        "--tokenizer-from", metavar="FILE", help="copy the tokenizer of this GGUF file of the base model instead of converting"
+    )
+    llama = parser.add_argument_group("llama")
+    llama.add_argument("--pad", action="store_true", help="fill layers of different sizes with zeros; outputs stay equal")
+
+
 def recipes(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION", title="actions", dest="action")
     actions.add_parser("ls", help="names and what they do", allow_abbrev=False)

@@ -147,6 +147,15 @@ def push(args: argparse.Namespace) -> None:
     print(hub.push(args.folder, args.repo_id, private=args.private, dry_run=args.dry_run))
 
 
+def export(args: argparse.Namespace) -> None:
+    """Write what another engine loads, and say what was decided."""
+    from ..exporters import export as export_checkpoint
+
+    options = {name: getattr(args, name) for name in ("to", "dtype", "tokenizer_from", "pad", "overwrite")}
+    exported = export_checkpoint(args.model, args.output, **options)
+    print("\n".join([*exported.notes, f"written to {exported.path}"]))
+
+
 def recipes(args: argparse.Namespace) -> None:
     """List, show or copy the built-in recipes."""
     if args.action == "ls":

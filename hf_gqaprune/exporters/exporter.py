@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from ..errors import UsageError, unknown
-from ..utils import refuse_existing, refuse_lost
+from ..utils import refuse_existing, refuse_overwriting_inputs
 from .gguf_file import write_gguf
 from .plain_llama import write_plain_llama
 from .source import Exported, Source
@@ -48,7 +48,7 @@ def export(
         raise UsageError("a plain Llama keeps dtype and tokenizer of its checkpoint: leave dtype and tokenizer_from out")
     target = refuse_existing(output, overwrite, file=to == "gguf")
     source = Source.open(model)
-    refuse_lost(target, [source.folder.path, *source.folder.path.iterdir(), *([tokenizer_from] if tokenizer_from else [])])
+    refuse_overwriting_inputs(target, [source.folder.path, *source.folder.path.iterdir(), *([tokenizer_from] if tokenizer_from else [])])
     if to == "llama":
         return write_plain_llama(source, target, pad=pad, overwrite=overwrite)
     return write_gguf(source, target, dtype=dtype, tokenizer_from=tokenizer_from, overwrite=overwrite)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UsageError, WorkError, unknown
-from ..utils import check_room, new_file, refuse_existing, write_text
+from ..utils import check_disk_space, new_file, refuse_existing, write_text
 from .gguf_tensors import (
     GGUF_DTYPES,
     GGUFTensor,
@@ -50,7 +50,7 @@ def write_gguf(
     added = sum(math.prod(tensor.shape) for tensor in tensors) - source.shape.cost.parameters
     if factors is not None:
         tensors.append(rope_tensor(factors))
-    check_room(target, sum(_size(tensor, dtype) for tensor in tensors), "the exported weights")
+    check_disk_space(target, sum(_size(tensor, dtype) for tensor in tensors), "the exported weights")
     keys = _model_keys(source, dtype, scale) | tokenizer
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     with new_file(target) as scratch:
@@ -119,7 +119,7 @@ def _write(path: Path, keys: Mapping[str, Any], tensors: Iterable[GGUFTensor], s
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        (stream,) = writer.fout or ()
+        stream = next(iter(writer.fout or ()))
         writer.write_padding(stream, stream.tell())
         with source.folder.tensors as checkpoint:
             for tensor in tensors:

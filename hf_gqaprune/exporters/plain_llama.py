@@ -20,8 +20,8 @@ from ..checkpoint import (
     write_identity,
 )
 from ..errors import UsageError
-from ..models import LayerShape, ModelShape, expected_tensors, layer_prefix, skeleton
-from ..utils import check_room, new_folder, write_json
+from ..models import LayerShape, ModelShape, empty_model, expected_tensors, layer_prefix
+from ..utils import check_disk_space, new_folder, write_json
 from .source import Exported, Source
 
 #: of our own config, and of what follows from its class
@@ -34,12 +34,12 @@ def write_plain_llama(source: Source, target: Path, *, pad: bool, overwrite: boo
     if not pad and any(layer != size for layer in source.shape.layers):
         raise UsageError(_refusal(source, size))
     config = _plain_config(source, size)
-    tensors = expected_tensors(skeleton(config).to(source.folder.dtype))
+    tensors = expected_tensors(empty_model(config).to(source.folder.dtype))
     added = ModelShape.from_config(config).cost.parameters - source.shape.cost.parameters
     with new_folder(target, overwrite) as scratch:
         parameters = sum(tensor.numel() for tensor in tensors.values())
         writer = ShardWriter(scratch, tensors, "50GB", parameters)
-        check_room(target, sum(writer.files.values()), "the exported weights")
+        check_disk_space(target, sum(writer.files.values()), "the exported weights")
         config.save_pretrained(scratch)
         if writer.index is not None:
             write_json(scratch / INDEX, writer.index)

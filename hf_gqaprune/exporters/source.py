@@ -12,7 +12,7 @@ import torch
 
 from ..checkpoint import ModelFolder, resolve_model
 from ..errors import UsageError
-from ..models import ModelShape, expected_tensors, skeleton
+from ..models import ModelShape, empty_model, expected_tensors
 from ..streaming import Layers
 
 
@@ -59,5 +59,5 @@ class Source:
                 f"{folder}: only hidden_act='silu' can be exported, not {config.hidden_act!r}: serve it by transformers"
             )
         # compares every stored tensor with the config
-        Layers(folder.path, config)
-        return Source(folder, shape, expected_tensors(skeleton(config)))
+        Layers(folder)
+        return Source(folder, shape, expected_tensors(empty_model(config)))
