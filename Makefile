@@ -2,16 +2,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+SERVING := .venv-serving
 # the parts of the package, as they lie in the wheel: mypy cannot follow the folder mapping of an editable install
 TYPED := build/typed
 
-.PHONY: demo test lint structure clean
+.PHONY: demo test test-serving lint structure clean
 
 demo: $(INSTALLED)
 	$(BIN)/gqaprune run demo --overwrite
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# compares exported files with transformers in the engines themselves; compiles llama.cpp once, in minutes
+test-serving: $(SERVING)/installed
+	$(SERVING)/bin/python -m pytest tests/serving
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -28,8 +33,14 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "python >= 3.11 is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install torch==2.13.0
-	$(BIN)/python -m pip install --editable '.[dev,eval]'
+	$(BIN)/python -m pip install --editable '.[dev,eval,gguf]'
+	touch $@
+
+$(SERVING)/installed: pyproject.toml
+	$(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install torch==2.13.0
+	$(SERVING)/bin/python -m pip install --editable '.[dev,gguf,serving]'
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(SERVING) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,7 +20,7 @@ BESIDE = ("configuration", "trainer", "model_cards")
 ORDER = (
     *("version", "errors", "linalg", "configuration", "utils", "models", "data", "checkpoint", "plan", "dependency_graph"),
     *("statistics", "torch_pruning", "compensation", "selection", "surgery", "streaming", "evaluation", "model_cards"),
-    *("hub", "export", "trainer", "pipeline", "cli", "__main__", "__init__"),
+    *("hub", "exporters", "trainer", "pipeline", "cli", "__main__", "__init__"),
 )
 
 Graph = dict[str, set[str]]

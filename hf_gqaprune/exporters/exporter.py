@@ -48,7 +48,8 @@ def export(
         raise UsageError("a plain Llama keeps dtype and tokenizer of its checkpoint: leave dtype and tokenizer_from out")
     target = refuse_existing(output, overwrite, file=to == "gguf")
     source = Source.open(model)
-    refuse_overwriting_inputs(target, [source.folder.path, *source.folder.path.iterdir(), *([tokenizer_from] if tokenizer_from else [])])
+    copied = [] if tokenizer_from is None else [tokenizer_from]
+    refuse_overwriting_inputs(target, [source.folder.path, *source.folder.path.iterdir(), *copied])
     if to == "llama":
         return write_plain_llama(source, target, pad=pad, overwrite=overwrite)
     return write_gguf(source, target, dtype=dtype, tokenizer_from=tokenizer_from, overwrite=overwrite)

@@ -90,8 +90,8 @@ def _refusal(source: Source, size: LayerShape) -> str:
     padded = ModelShape.from_config(_plain_config(source, size)).cost.parameters - source.shape.cost.parameters
     return (
         f"{source.folder}: layer {index} has {layer.query_heads} query / {layer.kv_heads} KV heads and FFN {layer.ffn}; a "
-        f"plain Llama has the same in every layer, and query heads that divide hidden_size={source.shape.hidden_size}: --pad makes "
-        f"them {size.query_heads} / {size.kv_heads} and {size.ffn} with {padded:,} zeros "
+        f"plain Llama has the same in every layer, and query heads that divide hidden_size={source.shape.hidden_size}: "
+        f"--pad makes them {size.query_heads} / {size.kv_heads} and {size.ffn} with {padded:,} zeros "
         f"({padded / source.shape.cost.parameters:.1%}), or choose --to gguf"
     )
 
