@@ -22,7 +22,7 @@ from competitors import Dense
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_gqaprune as gp
-from hf_gqaprune.compensation.least_squares import Walk
+from hf_gqaprune.compensation.least_squares import ResidualStreams
 from hf_gqaprune.data.text import load_text
 from hf_gqaprune.data.windows import refit_batches, split_batches
 from hf_gqaprune.evaluation.perplexity import evaluate_perplexity
@@ -126,11 +126,11 @@ def _merged(dense: Trial, ratio: float, least_squares: bool) -> Any:
     with torch.no_grad():
         hidden = [dense.model.get_input_embeddings()(batch) for batch in ids]
     decoder_inputs = DecoderInputs(config, dense.model.model.rotary_emb, calibration.ids.shape[1], torch.float32)
-    walk = Walk(hidden, hidden, held_out, decoder_inputs, merged.config)
+    # sizes alone do not tell that the first layer differs
+    streams = ResidualStreams(hidden, hidden, held_out, decoder_inputs, merged.config, differs=True)
     for index, (layer, new) in enumerate(zip(dense.model.model.layers, merged.model.layers, strict=True)):
         for kind in (ATTENTION, MLP):
-            # sizes alone do not tell that the first layer differs
-            walk.block(index, kind, layer, new, True)
+            streams.refit_block(index, kind, layer, new)
     return merged
 
 

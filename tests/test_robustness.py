@@ -221,7 +221,7 @@ def test_activations_that_overflow_while_pruning_are_named(compensation: str) ->
     plan = make_plan(statistics, backbone_ratio=0.3)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.fill_(3e38)
-    with pytest.raises(WorkError, match="layer 1 mlp: activations overflow while it is re-fitted"):
+    with pytest.raises(WorkError, match="layer 1 mlp: activations overflow while it is refitted"):
         prune(model, plan, statistics, compensation=compensation)
 
 

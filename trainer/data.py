@@ -15,12 +15,11 @@ from jinja2 import TemplateError
 from ..configuration import RecoveryConfig
 from ..data import NAMED, TABLES, Text, cut_windows, load_text, open_dataset, parse_weight, token_ids
 from ..errors import UsageError, unknown
+from ..models import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-#: label of a token that no loss is computed on
-IGNORED = -100
 #: of each source, and of the training in all, at most one row in so many is held out
 _HELD_OUT_SHARE = 20
 _ALPACA = (

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import SFTTrainer
 
 from ..errors import WorkError
+from ..models import cross_entropy
 from . import checkpoints
 from .distill import MODEL_INPUTS, Teacher, losses, scored
 from .teacher_cache import TeacherCache
@@ -124,7 +125,7 @@ class RecoveryTrainer(SFTTrainer):
         mask = scored(labels)
         logits = model(**given, use_cache=False).logits[:, :-1][mask]
         nats = torch.zeros_like(mask, dtype=torch.float32)
-        nats[mask] = torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][mask], reduction="none")
+        nats[mask] = cross_entropy(logits, labels[:, 1:][mask])
         rows = torch.stack([nats.sum(1), mask.sum(1).float()], dim=1)  # (rows, 2)
         # without the rows that fill up the last batch of several processes
         self._held_out += self.accelerator.gather_for_metrics(rows).double().sum(0).cpu()

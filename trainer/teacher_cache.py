@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from ..errors import WorkError
+from ..models import IGNORED, TopLogProbs
 from ..utils import write_json
-from .distill import Targets, Teacher, scored
+from .distill import Teacher, scored
 
 _INDEX = "sequences.json"
 
@@ -38,11 +39,11 @@ class TeacherCache:
             self._arrays.append(tuple(np.load(path.with_name(f"{name}.npy"), mmap_mode="r") for name in _ARRAYS))
             self._entries |= {key: (part, start, count) for key, (start, count) in index.items()}
 
-    def targets(self, inputs: dict[str, Any], mask: torch.Tensor) -> Targets:
+    def targets(self, inputs: dict[str, Any], mask: torch.Tensor) -> TopLogProbs:
         """What the teacher predicts after the positions of `mask`, as `Teacher.targets`."""
         parts: list[list[np.ndarray]] = [[], [], []]
         for ids, labels in sequences(inputs):
-            wanted = int((labels[1:] != -100).sum())
+            wanted = int((labels[1:] != IGNORED).sum())
             part, start, count = self._entries.get(_key(ids, labels), (0, 0, -1))
             if count != wanted:
                 raise WorkError("the teacher's predictions on disk are not of this data: start anew without --resume")
@@ -50,7 +51,7 @@ class TeacherCache:
                 column.append(array[start : start + count])
         device = mask.device
         indices, log_probs, rest = (torch.from_numpy(np.concatenate(column)).to(device) for column in parts)
-        return Targets(indices.long(), log_probs, rest)
+        return TopLogProbs(indices.long(), log_probs, rest)
 
 
 _ARRAYS = ("indices", "log_probs", "rest")
@@ -73,7 +74,7 @@ def write_cache(teacher: Teacher, batches: Iterable[dict[str, torch.Tensor]], fo
         rows = (found.indices.int().cpu().numpy(), found.log_probs.cpu().numpy(), found.rest.cpu().numpy())
         start = 0
         for ids, labels in sequences(batch):
-            count = int((labels[1:] != -100).sum())
+            count = int((labels[1:] != IGNORED).sum())
             key = _key(ids, labels)
             if key not in index:
                 index[key] = (total, count)
@@ -108,5 +109,5 @@ def _key(ids: torch.Tensor, labels: torch.Tensor) -> str:
 
     # which tokens count is part of it: the first one never does
     digest = xxhash.xxh3_128(ids.numpy().tobytes())
-    digest.update((labels[1:] != -100).numpy().tobytes())
+    digest.update((labels[1:] != IGNORED).numpy().tobytes())
     return digest.hexdigest()

@@ -1,4 +1,5 @@
 from .columns import refit_columns as refit_columns
-from .least_squares import Walk as Walk
+from .least_squares import ChosenRidge as ChosenRidge
+from .least_squares import ResidualStreams as ResidualStreams
 from .least_squares import refit_on_pruned_prefix as refit_on_pruned_prefix
 from .natural_gradient import natural_gradient_steps as natural_gradient_steps

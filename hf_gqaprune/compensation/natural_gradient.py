@@ -12,7 +12,7 @@ from torch import nn
 
 from ..data import Calibration, split_batches
 from ..errors import WorkError
-from ..linalg import add_gram_, exact_products
+from ..linalg import add_gram_, exact_products, ridge_term
 from ..models import OUTPUT_PROJECTION, eval_without_grad
 from ..statistics import RIDGE
 from ..utils import CPU, distributed
@@ -252,6 +252,5 @@ def _divergence(held_out: Predictions, pruned: Any) -> float:
 def _factor(total: torch.Tensor, tokens: int) -> torch.Tensor:
     """Return the Cholesky factor of the mean plus its ridge, float64; only the lower triangle of `total` is read."""
     mean = total.double() / tokens
-    scale = float(mean.diagonal().mean())
-    mean.diagonal().add_(RIDGE * scale if scale > 0 else 1.0)
+    mean.diagonal().add_(ridge_term(mean, RIDGE))
     return torch.linalg.cholesky(mean)

@@ -18,7 +18,7 @@ from ..models import token_losses
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-#: tokens in one forward pass, and logits held at once (128 MiB in float32), whatever the vocabulary
+#: tokens in one forward pass
 _TOKENS_PER_BATCH = 8192
 #: beyond about 709.8 exp overflows a float64
 _MOST_NATS = 709

@@ -8,5 +8,6 @@ from .symmetric import gram_strips as gram_strips
 from .symmetric import invert_ as invert_
 from .symmetric import mirror_ as mirror_
 from .symmetric import product as product
+from .symmetric import ridge_term as ridge_term
 from .symmetric import solve_ as solve_
 from .symmetric import weighted_gram as weighted_gram

@@ -1,4 +1,4 @@
-"""Second moments in; the order in which units go out, the weights of the rest re-fitted after each removal."""
+"""Remove units greedily by Optimal Brain Surgeon, refitting the remaining weights after each removal."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .symmetric import fill_, invert_
 
 #: removals between two matrix-matrix updates
 _LAZY = 64
-#: rows of a symmetric matrix that are kept together, from the first column to the diagonal
+#: rows per strip of a symmetric matrix; a strip ends at its last diagonal element
 _STRIP = 256
 
 
 def remove_greedily(
     second_moment: torch.Tensor, gram: torch.Tensor, columns: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Remove units one by one, always the one that costs least, and re-fit the remaining columns each time.
+    """Remove units one by one, always the cheapest, and refit the remaining columns each time.
 
     With P = H^-1 and A = W^T G W the cost of removing the columns u is tr(A_uu P_uu^-1). Afterwards, with
     F = P_uu^-1 P_u: and C = A_u: - A_uu F / 2,
@@ -26,10 +26,10 @@ def remove_greedily(
         P <- P - P_u:^T F        A <- A - F^T C - C^T F
 
     (Hassibi & Stork 1993, block form; A follows from the optimal update W <- W - W_u F). Single columns are updated
-    lazily: diagonals at once, the matrices once every `_LAZY` removals by matrix-matrix products, of whose symmetric
-    results one triangle is computed: 2 n^3 flops in all, half of them for the inverse.
+    lazily: diagonals at once, the matrices every `_LAZY` removals by matrix-matrix products that compute one triangle
+    of their symmetric results: 2 n^3 flops in all, half of them for the inverse.
 
-    Both matrices are left as they are; `remove_within` works in their memory.
+    Both matrices are left unchanged; `remove_within` works in their memory.
 
     Args:
         second_moment: H, symmetric positive definite `(n, n)`, float64.
@@ -37,8 +37,8 @@ def remove_greedily(
         columns: int64 `(n_units, width)`, the columns of each unit.
 
     Returns:
-        order: int64 `(n_units,)`, units in order of removal, on the CPU like `cost`.
-        cost: float64 `(n_units,)`, cumulative cost, non-decreasing.
+        order: int64 `(n_units,)`, units in order of removal, on the CPU.
+        cost: float64 `(n_units,)`, cumulative cost, non-decreasing, on the CPU.
 
     Raises:
         torch.linalg.LinAlgError: H is not positive definite.
@@ -49,7 +49,7 @@ def remove_greedily(
 def remove_within(
     inverse: torch.Tensor, gram: torch.Tensor, columns: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`remove_greedily` given P = H^-1 and A, `(n, n)` and float64, as `invert_` and `weighted_gram` leave them; used up."""
+    """Run `remove_greedily` on P = H^-1 and A, float64 `(n, n)` from `invert_` and `weighted_gram`; overwrites both."""
     if columns.shape[1] > 1:
         order, steps = _remove_blocks(fill_(inverse), fill_(gram), columns)
     else:
@@ -64,7 +64,7 @@ def remove_within(
 
 
 def _remove_blocks(p: torch.Tensor, a: torch.Tensor, columns: torch.Tensor) -> tuple[list[int], list[float]]:
-    """`remove_greedily` for units of several columns: few of them, so each one is a matrix-matrix update."""
+    """Remove units of several columns, updating the matrices after each removal."""
     alive = list(range(len(columns)))
     width = columns.shape[1]
     order, steps = [], []
@@ -92,10 +92,10 @@ def _remove_blocks(p: torch.Tensor, a: torch.Tensor, columns: torch.Tensor) -> t
 
 
 def _remove_columns(p: torch.Tensor, a: torch.Tensor) -> tuple[list[int], list[float]]:
-    """`remove_greedily` for units of one column, P and A worked on in place.
+    """Remove units of one column, working in the memory of P and A.
 
-    The last columns take the places of the removed ones, so that what is left stays the leading part. Of each strip of
-    rows only the columns up to its own are kept up to date.
+    The last columns replace the removed ones, so that the remaining matrix is the leading part. Only the columns up to
+    the diagonal block of each strip of rows are kept up to date.
     """
     n = len(p)
     left = torch.arange(n)
@@ -121,13 +121,16 @@ def _remove_columns(p: torch.Tensor, a: torch.Tensor) -> tuple[list[int], list[f
 
 
 def _pick(p: torch.Tensor, a: torch.Tensor, s: torch.Tensor, r: torch.Tensor) -> tuple[list[int], list[float]]:
-    """The next columns to go and the cost of each; the rows that bring P and A up to date go into `s` and `r`.
+    """Choose the next columns to remove, and write the rows that update P and A to `s` and `r`.
 
     With S = P_uu^-1/2 P_u: and R = P_uu^-1/2 C the updates are P <- P - S^T S and A <- A - S^T R - R^T S.
 
     Args:
-        p: `(n, n)`, left as it is, like `a`.
-        s: `(removals, n)`, filled row by row, like `r`.
+        p, a: `(n, n)`, left unchanged.
+        s, r: `(removals, n)`, filled row by row.
+
+    Returns:
+        The columns, and the cost of removing each.
     """
     p_rows, a_rows, s_rows, r_rows = map(_array, (p, a, s, r))
     p_diagonal, a_half = _array(p.diagonal().clone()), _array(a.diagonal() / 2)
@@ -156,12 +159,12 @@ def _pick(p: torch.Tensor, a: torch.Tensor, s: torch.Tensor, r: torch.Tensor) ->
 
 
 def _array(tensor: torch.Tensor) -> Any:
-    """The same memory as numpy sees it: there an operation on a short vector costs a fraction of torch's."""
+    """View the memory as numpy, whose overhead per operation on short vectors is a fraction of torch's."""
     return tensor.numpy()
 
 
 def _move(matrix: torch.Tensor, holes: list[int], tail: list[int], n: int) -> None:
-    """Put the columns and rows `tail`, all from `n` on, into the places `holes`, all before `n`."""
+    """Copy the rows and columns `tail`, all from `n` on, to the positions `holes`, all before `n`."""
     rows = matrix[tail, :n]
     corner = matrix[tail][:, tail].tril()
     rows[:, holes] = corner + corner.tril(-1).T
@@ -174,7 +177,7 @@ def _move(matrix: torch.Tensor, holes: list[int], tail: list[int], n: int) -> No
 
 
 def _subtract(matrix: torch.Tensor, left: torch.Tensor, right: torch.Tensor, n: int) -> None:
-    """matrix <- matrix - left^T right in the strips of the leading `(n, n)`, a symmetric product."""
+    """Subtract the symmetric product left^T right from the strips of the leading `(n, n)`."""
     for start in range(0, n, _STRIP):
         end = min(start + _STRIP, n)
         matrix[start:end, :end].addmm_(left[:, start:end].T, right[:, :end], alpha=-1)

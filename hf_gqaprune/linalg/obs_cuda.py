@@ -1,4 +1,4 @@
-"""`curvature`'s removal of single columns on a GPU: the next one is found there, and no step waits for the host."""
+"""Remove single columns by Optimal Brain Surgeon on a GPU, without synchronising with the host at each step."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 #: removals between two matrix-matrix updates
 _LAZY = 64
-#: columns down to which those that are left are moved together whenever a third is gone
+#: while more columns than this remain, they are compacted whenever a third has been removed
 _FEW = 2048
-#: rows that are moved at once
+#: rows compacted at once
 _ROWS = 1024
 
 
 def remove_columns(p: torch.Tensor, a: torch.Tensor) -> tuple[list[int], list[float]]:
-    """`curvature.remove_greedily` for units of one column, up to rounding.
+    """Remove units of one column like `obs.remove_greedily`, up to rounding.
 
     Args:
-        p: H^-1, float64 `(n, n)` with both triangles, used up like `a`.
-        a: A, float64 `(n, n)` with both triangles.
+        p: H^-1, float64 `(n, n)` with both triangles; overwritten.
+        a: A, float64 `(n, n)` with both triangles; overwritten.
 
     Returns:
         The columns in order of removal, and the cost of each.
@@ -40,24 +40,24 @@ def remove_columns(p: torch.Tensor, a: torch.Tensor) -> tuple[list[int], list[fl
     while n := len(left):
         steps = _Steps(p, a, min(_LAZY, n))
         for _ in range(max(1, (n if n <= _FEW else n // 3) // _LAZY)):
-            steps.take()
+            steps.run()
             order.append(left[steps.picked])
             costs.append(steps.costs.clone())
-        stay = (steps.diagonals[1] < math.inf).nonzero()[:, 0]
-        left = left[stay]
-        p, a = (_moved_together(matrix, stay) for matrix in (p, a))
+        kept = (steps.diagonals[1] < math.inf).nonzero()[:, 0]
+        left = left[kept]
+        p, a = (_compacted(matrix, kept) for matrix in (p, a))
     return torch.cat(order).cpu().tolist(), torch.cat(costs).cpu().tolist()
 
 
 class _Steps:
-    """Some removals and then the update, again and again; on CUDA the removals are recorded once and played again.
+    """Alternate a batch of removals and the update of P and A; on CUDA the removals are captured in a graph.
 
-    Rows and columns of what is gone stay where they are, zero but for rounding.
+    Rows and columns of removed units keep their position and are zero up to rounding.
 
     Attributes:
-        picked: int64 `(count,)`, the columns that `take` has removed.
-        costs: float64 `(count,)`.
-        diagonals: float64 `(2, n)`, of P and of A / 2; 1 and infinity where the column is gone.
+        picked: int64 `(count,)`, the columns that `run` has removed.
+        costs: float64 `(count,)`, the cost of each.
+        diagonals: float64 `(2, n)`, of P and of A / 2; 1 and infinity for removed columns.
     """
 
     def __init__(self, p: torch.Tensor, a: torch.Tensor, count: int) -> None:
@@ -65,41 +65,41 @@ class _Steps:
         self.diagonals = torch.stack((p.diagonal(), a.diagonal() / 2))
         self.picked = torch.zeros(count, dtype=torch.int64, device=p.device)
         self.costs = p.new_empty(count)
-        # the rows S and R of `curvature._pick`
+        # the rows S and R of `obs._pick`
         self.panels = p.new_empty(2, count, len(p))
         self.rows = p.new_empty(2, len(p))
-        self.gone = p.new_tensor([[1.0], [math.inf]])
+        self.removed = p.new_tensor([[1.0], [math.inf]])
         self.kernel: Kernel | None = None
         if p.device.type == "cuda" and _kernels():
             from .obs_triton import Kernel
 
             self.kernel = Kernel(p, a, self.panels, self.diagonals, self.picked, self.costs)
-        self.taken = 0
-        self.recorded: torch.cuda.CUDAGraph | None = None
+        self.runs = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
 
-    def take(self) -> None:
-        """Remove the columns that cost least, one after the other, and bring P and A up to date."""
+    def run(self) -> None:
+        """Remove the cheapest columns one after the other, then update P and A."""
         if self.p.device.type == "cuda":
             with torch.cuda.device(self.p.device):
-                self._play()
+                self._replay()
         else:
             self._pick()
         s, r = self.panels
         self.p.addmm_(s.T, s, alpha=-1)
         self.a.addmm_(self.panels.flatten(0, 1).T, torch.cat((r, s)), alpha=-1)
 
-    def _play(self) -> None:
-        """`_pick`, recorded at the second time."""
-        self.taken += 1
-        if self.taken == 2:
-            self.recorded = torch.cuda.CUDAGraph()
-            # another thread may be writing what was measured before
-            with torch.cuda.graph(self.recorded, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+    def _replay(self) -> None:
+        """Run `_pick`, capturing it in a graph at the second call."""
+        self.runs += 1
+        if self.runs == 2:
+            self.graph = torch.cuda.CUDAGraph()
+            # another thread may be copying earlier results
+            with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
                 self._pick()
-        if self.recorded is None:
+        if self.graph is None:
             self._pick()
         else:
-            self.recorded.replay()
+            self.graph.replay()
 
     def _pick(self) -> None:
         step = self.kernel or self._step
@@ -107,7 +107,7 @@ class _Steps:
             step(k)
 
     def _step(self, k: int) -> None:
-        """`curvature._pick`'s one step with the column as a tensor."""
+        """Do one step of `obs._pick` with the column index in a tensor."""
         ratios = self.diagonals[1] / self.diagonals[0]
         u = self.picked[k : k + 1]
         torch.argmin(ratios, 0, keepdim=True, out=u)
@@ -124,23 +124,23 @@ class _Steps:
         torch.mul(self.rows, scale, out=new)
         new[1].addcmul_(new[0], half_cost, value=-1)
         self.diagonals.addcmul_(new, new[0], value=-1)
-        self.diagonals.index_copy_(1, u, self.gone)
+        self.diagonals.index_copy_(1, u, self.removed)
 
 
 @functools.cache
 def _kernels() -> bool:
-    """Whether Triton, which comes with torch for a GPU on Linux, is there, and what it builds its launchers with."""
+    """Return whether Triton, a C compiler and the Python headers that it builds its launchers with are installed."""
     named = os.environ.get("CC")
     compiler = shutil.which(named) if named else shutil.which("gcc") or shutil.which("clang")
     header = Path(sysconfig.get_path("include"), "Python.h")
     return importlib.util.find_spec("triton") is not None and compiler is not None and header.is_file()
 
 
-def _moved_together(matrix: torch.Tensor, stay: torch.Tensor) -> torch.Tensor:
-    """The rows and columns `stay`, rising, of a contiguous `(n, n)`: `(k, k)` in the front of its memory."""
-    k = len(stay)
+def _compacted(matrix: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Move the ascending rows and columns `kept` of a contiguous `(n, n)` to the front of its memory: `(k, k)`."""
+    k = len(kept)
     target = matrix.view(-1)[: k * k].view(k, k)
-    # row i comes from row i or one behind it, so that nothing is written over before it was read
-    for rows, some in zip(target.split(_ROWS), stay.split(_ROWS), strict=True):
-        rows.copy_(matrix.index_select(0, some).index_select(1, stay))
+    # row i comes from row i or a later one, so that no row is overwritten before it is read
+    for rows, some in zip(target.split(_ROWS), kept.split(_ROWS), strict=True):
+        rows.copy_(matrix.index_select(0, some).index_select(1, kept))
     return target

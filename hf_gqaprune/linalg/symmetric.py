@@ -1,7 +1,7 @@
-"""Symmetric positive definite matrices go in; their factors, inverses and solutions come out in the same memory.
+"""Factor, invert and solve symmetric positive definite matrices in place, block by block.
 
-Of a matrix the lower triangle is read and replaced. The work goes block by block, so that beside a matrix there is a strip
-of it and never a second one; LAPACK does whole what is no larger than a block.
+Only the lower triangle of a matrix is read and replaced. Temporary memory is a strip of the matrix, never a copy;
+matrices no larger than a block are passed to LAPACK whole.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import torch
 from torch.linalg import solve_triangular
 
 _HALVES = (torch.bfloat16, torch.float16)
-#: rows and columns that are factored, inverted or solved with at once; a GPU needs more of them to be busy
+#: rows and columns factored, inverted or solved at once; a GPU needs more of them to be busy
 _BLOCK, _GPU_BLOCK = 512, 2048
-#: rows of a second moment that are multiplied at once
+#: rows of a second moment multiplied at once
 _STRIP, _GPU_STRIP = 512, 1024
 
 
 def cholesky_(matrix: torch.Tensor) -> torch.Tensor:
-    """Put L with L L^T = `matrix` into its lower triangle; what is above the diagonal stays as it was.
+    """Replace the lower triangle of `matrix` by L with L L^T = `matrix`; the rest is left unchanged.
 
     Args:
-        matrix: symmetric positive definite `(n, n)`; its lower triangle counts.
+        matrix: symmetric positive definite `(n, n)`; only the lower triangle is read.
 
     Returns:
         `matrix`.
 
     Raises:
-        torch.linalg.LinAlgError: it is not positive definite.
+        torch.linalg.LinAlgError: `matrix` is not positive definite.
     """
     for start, end in _blocks(matrix):
         square = matrix[start:end, start:end]
@@ -47,16 +47,16 @@ def cholesky_(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def invert_(matrix: torch.Tensor) -> torch.Tensor:
-    """The inverse of `matrix`, but for what `fill_` adds.
+    """Invert `matrix`, up to the part of the upper triangle that `fill_` completes.
 
     Args:
-        matrix: symmetric positive definite `(n, n)`, used up.
+        matrix: symmetric positive definite `(n, n)`; overwritten.
 
     Returns:
-        `(n, n)`, in the memory of `matrix` where that is large.
+        `(n, n)`, in the memory of `matrix` if that is larger than a block.
 
     Raises:
-        torch.linalg.LinAlgError: it is not positive definite.
+        torch.linalg.LinAlgError: `matrix` is not positive definite.
     """
     if len(matrix) <= _block(matrix):
         return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
@@ -81,14 +81,14 @@ def invert_(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def solve_(factor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """X with X L L^T = `rows`.
+    """Solve X L L^T = `rows`.
 
     Args:
-        factor: L in the lower triangle of `(n, n)`; above the diagonal there may be anything.
-        rows: `(d, n)`, used up.
+        factor: L in the lower triangle of `(n, n)`; the rest is ignored.
+        rows: `(d, n)`; overwritten.
 
     Returns:
-        `(d, n)`, in the memory of `rows` where that is large.
+        `(d, n)`, in the memory of `rows` if `factor` is larger than a block.
     """
     if len(factor) <= _block(factor):
         return torch.cholesky_solve(rows.T, factor).T
@@ -103,15 +103,25 @@ def solve_(factor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return rows
 
 
+def ridge_term(matrix: torch.Tensor, ridge: float) -> float:
+    """Return `ridge` times the mean diagonal of a second moment `(n, n)`: the value to add to its diagonal.
+
+    A zero matrix gets a tiny positive value, which makes it invertible and the ridge solution the prior, exactly.
+    """
+    scale = float(matrix.diagonal().double().mean())
+    # below the normal numbers of float32 a sum of squares has too few digits to be positive definite
+    return ridge * scale if scale > torch.finfo(torch.float32).tiny else 2.0**-40
+
+
 def fill_(matrix: torch.Tensor) -> torch.Tensor:
-    """Complete a symmetric `(n, n)` in place of which all but the squares along the diagonal lacks its upper half."""
+    """Copy the lower blocks of a symmetric `(n, n)` to the upper ones, in place; diagonal blocks are already complete."""
     for start, end in _blocks(matrix):
         matrix[:start, start:end] = matrix[start:end, :start].T
     return matrix
 
 
 def mirror_(matrix: torch.Tensor, *, from_upper: bool = False) -> torch.Tensor:
-    """Make `(n, n)` symmetric in place, by its lower triangle or by its upper one."""
+    """Make `(n, n)` symmetric in place, copying its lower triangle, or the upper one with `from_upper`."""
     lower = matrix.T if from_upper else matrix
     for start, end in _blocks(matrix):
         lower[:start, start:end] = lower[start:end, :start].T
@@ -122,10 +132,10 @@ def mirror_(matrix: torch.Tensor, *, from_upper: bool = False) -> torch.Tensor:
 
 @contextmanager
 def exact_products(*dtypes: torch.dtype) -> Iterator[None]:
-    """Products of float32 copies of numbers of these `dtypes` take the units for halves where those lose no bit of them.
+    """Multiply float32 copies of half-precision numbers on tensor cores if that loses no bit of the factors.
 
-    A GPU's TF32 keeps the 10 fraction bits of float16 and the range of float32, hence bfloat16 too; the CPU's units
-    take bfloat16. All sum in float32, in an order of their own. Products of other numbers stay as they are set.
+    A GPU's TF32 keeps the 10 fraction bits of float16 and the range of float32, hence also bfloat16; CPU matrix units
+    take bfloat16. Both sum in float32. For other `dtypes` the precision settings are unchanged; all are restored.
     """
     backends: Any = torch.backends
     cuda, cpu = backends.cuda.matmul, backends.mkldnn.matmul
@@ -141,13 +151,13 @@ def exact_products(*dtypes: torch.dtype) -> Iterator[None]:
 
 
 def gram_strips(x: torch.Tensor) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns that hold the lower triangle of x^T x, `x` being `(tokens, n)`: half of it and a little more."""
+    """Yield the rows and columns of strips that cover the lower triangle of x^T x, for `x` `(tokens, n)`."""
     for start, end in _stretches(0, x.shape[1], _STRIP if x.device.type == "cpu" else _GPU_STRIP):
         yield slice(start, end), slice(0, end)
 
 
 def add_gram_(total: torch.Tensor, x: torch.Tensor) -> None:
-    """total <- total + x^T x, but for the upper triangle, in the dtype of `total`; `(n, n)` and `(tokens, n)`."""
+    """Add x^T x of `x` `(tokens, n)` to the lower triangle of `total` `(n, n)`, in the dtype of `total`."""
     wide = factors_of_products(x) if total.dtype == torch.float32 else x.to(total.dtype)
     with exact_products(x.dtype):
         for rows, columns in gram_strips(wide):
@@ -158,26 +168,26 @@ def add_gram_(total: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def factors_of_products(x: torch.Tensor) -> torch.Tensor:
-    """What `product` takes of `(tokens, n)`: float32, or the halves themselves where the device sums their products so."""
+    """Convert `(tokens, n)` for `product`: to float32, or not at all if the device sums products of halves in float32."""
     return x if x.is_cuda and torch.version.hip is None and x.dtype in _HALVES else x.float()
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right of two `factors_of_products` of one dtype, in float32; `exact_products` is for the caller."""
+    """Multiply two results of `factors_of_products` of one dtype in float32, within `exact_products`."""
     if left.dtype == torch.float32:
         return left @ right
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
 def weighted_gram(weight: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
-    """W^T G W in float64 on the device of G, but for what `fill_` adds.
+    """Compute W^T G W in float64 on the device of G, up to the part of the upper triangle that `fill_` completes.
 
     Args:
         weight: W, `(d, n)`, any float dtype.
         metric: G, symmetric `(d, d)`, any float dtype.
     """
     w, g = weight.to(metric.device).double(), metric.double()
-    # memory that is not written to is not taken
+    # untouched pages of an empty tensor take no memory
     gram = torch.empty(w.shape[1], w.shape[1], dtype=torch.float64, device=g.device)
     for start, end in _blocks(gram):
         torch.mm(w[:, start:end].T @ g, w[:, :end], out=gram[start:end, :end])
@@ -189,7 +199,7 @@ def _block(matrix: torch.Tensor) -> int:
 
 
 def _blocks(matrix: torch.Tensor, start: int = 0) -> Iterator[tuple[int, int]]:
-    """The rows of a matrix from `start` on, block by block."""
+    """Yield the bounds of the row blocks of a matrix from `start` on."""
     return _stretches(start, len(matrix), _block(matrix))
 
 

@@ -14,9 +14,16 @@ from .decoder import empty_model as empty_model
 from .decoder import expected_tensors as expected_tensors
 from .decoder import layer_prefix as layer_prefix
 from .decoder import materialized as materialized
+from .losses import IGNORED as IGNORED
 from .losses import LOGITS_AT_ONCE as LOGITS_AT_ONCE
+from .losses import TopLogProbs as TopLogProbs
+from .losses import cross_entropy as cross_entropy
+from .losses import kl_divergence as kl_divergence
 from .losses import loss_gradient as loss_gradient
+from .losses import rows_at_once as rows_at_once
 from .losses import token_losses as token_losses
+from .losses import top_kl_divergence as top_kl_divergence
+from .losses import top_log_probs as top_log_probs
 from .modeling_pruned_llama import PLAN_FILE as PLAN_FILE
 from .modeling_pruned_llama import PrunedLlamaForCausalLM as PrunedLlamaForCausalLM
 from .modeling_pruned_llama import PrunedLlamaForQuestionAnswering as PrunedLlamaForQuestionAnswering

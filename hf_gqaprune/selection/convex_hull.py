@@ -14,16 +14,16 @@ from .budget import Budget
 def allocate_global(budget: Budget, costs: Mapping[Key, torch.Tensor]) -> dict[Key, int]:
     """Spend the budget where the convex hulls of the curves cost least per parameter.
 
-    The lower convex hull makes each curve's marginal cost increasing, so that the greedy choice is optimal for the
-    hulls (Fox 1966; equal-slope condition of Shoham & Gersho 1988).
+    On its lower convex hull a curve has increasing marginal cost, so that the greedy choice is optimal for the hulls
+    (Fox 1966; equal-slope condition of Shoham & Gersho 1988).
 
     Args:
-        budget: what to remove.
+        budget: the parameters to remove.
         costs: `{block: float64 (n_units,)}`, cumulative cost of removing the first k + 1 units.
 
     Returns:
-        `{block: units removed}`, within half a channel of the budget wherever FFN channels are left to trade; where the
-        budget says what attention blocks give, the cheapest of their groups, to half a group.
+        `{block: units removed}`, within half an FFN channel of the budget as long as there are channels to trade. If the
+        budget fixes the share of attention blocks, their cheapest groups are removed, to within half a group.
     """
     removable = budget.removable
     segments: list[tuple[float, Key, int, int]] = []
@@ -40,7 +40,7 @@ def allocate_global(budget: Budget, costs: Mapping[Key, torch.Tensor]) -> dict[K
         groups = [(key, n) for _, key, start, end in segments if key[1] == "attention" for n in range(start + 1, end + 1)]
         sizes = [budget.freed(key, count) - budget.freed(key, count - 1) for key, count in groups]
         freed = [0, *itertools.accumulate(sizes)]
-        # the count next to the share that channels can complete
+        # the counts nearest to the share; channels must be able to make up the rest
         counts = sorted(range(len(freed)), key=lambda n: abs(freed[n] - share))
         return _fit(budget, groups, counts[:3], channels, slack=half_channel(budget))
     groups, beyond = _reached(budget, segments)
@@ -51,7 +51,7 @@ def allocate_global(budget: Budget, costs: Mapping[Key, torch.Tensor]) -> dict[K
 def _reached(
     budget: Budget, segments: Sequence[tuple[float, Key, int, int]]
 ) -> tuple[list[tuple[Key, int]], list[tuple[Key, int]]]:
-    """`(block, count)` of the KV groups within the budget when `segments` are bought in order, and of those beyond."""
+    """Split the KV groups of `segments`, as `(block, count)`, into those within the budget and the next ones beyond it."""
     groups: list[tuple[Key, int]] = []
     beyond: list[tuple[Key, int]] = []
     spent = 0
@@ -69,7 +69,7 @@ def _reached(
 
 
 def half_channel(budget: Budget) -> float:
-    """What a budget is met to where FFN channels are left to trade."""
+    """Return the tolerance in parameters to which FFN channels can meet a budget."""
     return max((budget.unit[key] for key in budget.units if key[1] == "mlp"), default=0) / 2 + 1e-6
 
 
@@ -80,39 +80,39 @@ def _fit(
     channels: list[tuple[Key, int, int]],
     slack: float = 0.0,
 ) -> dict[Key, int]:
-    """Take the first of `groups`, as many as one of `counts` says, and channels for the rest.
+    """Remove the first `counts[i]` of `groups`, for the best i, and channels for the rest of the budget.
 
-    At the budget all marginal costs per parameter are about equal, so one or two groups are traded for channels at no
-    cost: the count that meets the budget best is taken, or the first that misses it by no more than `slack`.
+    At the budget all marginal costs per parameter are about equal, so that trading one or two groups for channels costs
+    nothing: the count that meets the budget best is chosen, or the first that misses it by at most `slack`.
     """
     options = []
-    for take in counts:
+    for number in counts:
         removed = dict.fromkeys(budget.units, 0)
-        for key, count in groups[:take]:
+        for key, count in groups[:number]:
             removed[key] = max(removed[key], count)
         left = budget.parameters - sum(budget.freed(key, count) for key, count in removed.items())
-        taken = {key: 0 for key in budget.units if key[1] == "mlp"}
+        cut = {key: 0 for key in budget.units if key[1] == "mlp"}
         rest = left
         for key, start, end in channels:
-            if taken[key] < start:
-                # an earlier part of this block's curve did not fit
+            if cut[key] < start:
+                # an earlier segment of this block's curve did not fit
                 continue
             whole = budget.freed(key, end) - budget.freed(key, start)
             if rest < whole - budget.unit[key] / 2:
                 most = min(end, budget.floor_or_all(key)) - start
                 end = start + max(0, min(most, round(rest / budget.unit[key])))
             rest -= budget.freed(key, end) - budget.freed(key, start)
-            taken[key] = end
+            cut[key] = end
             if abs(rest) <= budget.unit[key] / 2:
                 break
-        taken = settle(budget, budget.removable, taken, left)
-        options.append((abs(left - sum(budget.freed(key, count) for key, count in taken.items())), removed | taken))
+        cut = settle(budget, budget.removable, cut, left)
+        options.append((abs(left - sum(budget.freed(key, count) for key, count in cut.items())), removed | cut))
     least = min(miss for miss, _ in options)
     return next(removed for miss, removed in options if miss <= max(least + 1, slack))
 
 
 def _hull(points: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
-    """Segments `(start, end)` of the lower convex hull of `points`, whose first coordinate increases."""
+    """Return the segments `(start, end)` of the lower convex hull of `points`, sorted by their first coordinate."""
     corners: list[int] = []
     for i, (x, y) in enumerate(points):
         while len(corners) >= 2:
@@ -125,7 +125,7 @@ def _hull(points: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
 
 
 def settle(budget: Budget, limit: Mapping[Key, int], channels: dict[Key, int], left: float) -> dict[Key, int]:
-    """Correct `channels` by one a block where blocks that went whole, norm included, freed more than their channels."""
+    """Adjust `channels` by up to one per block to make up for the norms that whole removed blocks free."""
     miss = left - sum(budget.freed(key, count) for key, count in channels.items())
     for key, count in channels.items():
         for other in (count - 1, count + 1):

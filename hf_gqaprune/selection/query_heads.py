@@ -1,7 +1,7 @@
-"""Curvature statistics and a budget in; how many query heads every layer's groups lose, and how many units go besides, out.
+"""Allocate a budget over query heads as well as KV groups and FFN channels.
 
-A layer may give the same number of query heads from every KV group (n_rep 4 -> 3), whole groups, or both. What costs
-least per parameter is taken, at the curvature's price.
+A layer may lose the same number of query heads from every KV group (n_rep 4 -> 3), whole groups, or both, whichever
+costs least per parameter by the criterion `curvature`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QueryHeadOption:
-    """An attention block whose groups have all lost the same number of query heads, and the curve of what is left.
+    """An attention block whose KV groups have lost the same number of query heads, and its removal curve from there.
 
     Attributes:
-        heads: int64 `(groups, left)`, the query heads of every group.
-        start: cost of the heads that went.
-        order: int64 `(groups,)`, groups in the order in which they go then.
-        cost: float64 `(groups,)`, `cost[k]` is the cost of the first `k + 1` of them, on top of `start`.
+        heads: int64 `(groups, left)`, the remaining query heads of every group.
+        start: cost of the removed heads.
+        order: int64 `(groups,)`, groups in order of removal.
+        cost: float64 `(groups,)`, `cost[k]` is the cost of removing the first `k + 1` groups, in addition to `start`.
     """
 
     heads: torch.Tensor
@@ -42,40 +42,40 @@ class QueryHeadOption:
     cost: torch.Tensor
 
     def kept(self, removed: int, channels: tuple[int, ...]) -> LayerPlan:
-        """The plan of a layer that also loses the first `removed` groups, and keeps these FFN channels."""
+        """Return the plan of a layer that also loses the first `removed` groups and keeps `channels` of the FFN."""
         groups = self.order[removed:].sort().values
         return LayerPlan(tuple(groups.tolist()), tuple(self.heads[groups].flatten().tolist()), channels)
 
 
-def thinned(second_moment: torch.Tensor, gram: torch.Tensor, slices: UnitSlices) -> Iterator[QueryHeadOption]:
-    """From all query heads down to one per group, everything else re-fitted after each removal.
+def query_head_options(second_moment: torch.Tensor, gram: torch.Tensor, slices: UnitSlices) -> Iterator[QueryHeadOption]:
+    """Yield options from all query heads down to one per group, refitting the other columns after each removal.
 
-    In every round each group loses one head, the cheapest first over all groups; costs and updates are those of
-    `remove_greedily`. The curve over groups begins anew on each round's result.
+    In every round each group loses one head, the cheapest over all groups first; costs and updates are those of
+    `remove_greedily`. Each round gets its own curve over groups.
 
     Args:
         second_moment: H, symmetric positive definite `(n, n)`, float64, over the inputs of `o_proj`.
         gram: W^T G W, `(n, n)`, float64.
-        slices: index sets of the layer.
+        slices: unit slices of the layer.
     """
     columns = slices.query[OUTPUT_PROJECTION["attention"]]  # (n_q, head_dim)
     owner = slices.group_of_query.tolist()
     groups = max(owner) + 1
     p, a = fill_(invert_(second_moment.clone())), gram
-    alive, spent = list(range(len(owner))), 0.0
+    remaining, spent = list(range(len(owner))), 0.0
     while True:
-        left = len(alive) // groups
-        heads = torch.tensor(alive).view(groups, left)
+        left = len(remaining) // groups
+        heads = torch.tensor(remaining).view(groups, left)
         index = columns[heads].flatten()
         units = torch.arange(len(index)).view(groups, -1)
-        # where columns went, P and A hold zeros
+        # P and A are zero at removed columns
         order, cost = remove_within(p[index][:, index], a[index][:, index], units)
         yield QueryHeadOption(heads, spent, order, cost)
         if left == 1:
             return
-        waiting = set(range(groups))
-        while waiting:
-            prices = {head: _price(p, a, columns[head]) for head in alive if owner[head] in waiting}
+        pending = set(range(groups))
+        while pending:
+            prices = {head: _price(p, a, columns[head]) for head in remaining if owner[head] in pending}
             cheapest = min(prices, key=prices.__getitem__)
             spent += max(0.0, prices[cheapest])
             u = columns[cheapest]
@@ -83,41 +83,41 @@ def thinned(second_moment: torch.Tensor, gram: torch.Tensor, slices: UnitSlices)
             c = a[u] - a[u][:, u] @ f / 2
             cross = f.T @ c
             p, a = p - p[u].T @ f, a - cross - cross.T
-            alive.remove(cheapest)
-            waiting.remove(owner[cheapest])
+            remaining.remove(cheapest)
+            pending.remove(owner[cheapest])
 
 
 def _price(p: torch.Tensor, a: torch.Tensor, u: torch.Tensor) -> float:
-    """tr(A_uu P_uu^-1)."""
+    """Return tr(A_uu P_uu^-1), the cost of removing the columns u."""
     return float(torch.linalg.solve(p[u][:, u], a[u][:, u]).trace())
 
 
 def allocate_query_heads(
     budget: Budget, costs: Mapping[Key, torch.Tensor], options: Mapping[int, list[QueryHeadOption]]
 ) -> tuple[dict[Key, int], dict[int, QueryHeadOption]]:
-    """Choose query heads and groups of every layer at one price per parameter, and meet the budget with FFN channels.
+    """Choose query heads and groups at one price per parameter for all layers, and meet the budget with FFN channels.
 
     Args:
-        budget: what to remove.
+        budget: the parameters to remove.
         costs: `{block: float64 (n_units,)}` of the FFN blocks.
-        options: `{layer: what thinned gives}` of the attention blocks.
+        options: `{layer: query_head_options}` of the attention blocks.
 
     Returns:
-        `{block: units removed}`, groups of the chosen sizes, and `{layer: the chosen option}`.
+        `{block: units removed}`, whose groups have the chosen number of heads, and `{layer: chosen option}`.
     """
     removable = budget.removable
     freed: dict[Key, torch.Tensor] = {}
     cost: dict[Key, torch.Tensor] = {}
     for key, units in budget.units.items():
-        ways = [(0, 0.0, costs[key])]
+        choices = [(0, 0.0, costs[key])]
         if key[1] == "attention":
-            ways = [(_freed_by_heads(budget, key, option), option.start, option.cost) for option in options[key[0]]]
+            choices = [(_freed_by_heads(budget, key, option), option.start, option.cost) for option in options[key[0]]]
         count = torch.arange(removable[key] + 1, dtype=torch.float64)
         whole = budget.rest[key] * (count == units)
-        sizes = [by_heads + (budget.unit[key] - by_heads // units) * count + whole for by_heads, _, _ in ways]
+        sizes = [by_heads + (budget.unit[key] - by_heads // units) * count + whole for by_heads, _, _ in choices]
         nothing = torch.zeros(1, dtype=torch.float64)
-        prices = [start + torch.cat((nothing, curve[: removable[key]])) for _, start, curve in ways]
-        freed[key], cost[key] = torch.stack(sizes), torch.stack(prices)  # (ways, removable + 1)
+        prices = [start + torch.cat((nothing, curve[: removable[key]])) for _, start, curve in choices]
+        freed[key], cost[key] = torch.stack(sizes), torch.stack(prices)  # (choices, removable + 1)
 
     def chosen(price: float) -> dict[Key, int]:
         return {key: int((cost[key] - price * freed[key]).argmin()) for key in cost}
@@ -128,7 +128,7 @@ def allocate_query_heads(
         total = sum(float(freed[key].flatten()[place]) for key, place in chosen(price).items())
         low, high = (low, price) if total > budget.parameters else (price, high)
     places = {key: divmod(place, cost[key].shape[1]) for key, place in chosen(low).items() if key[1] == "attention"}
-    blocks = {key: options[key[0]][way] for key, (way, _) in places.items()}
+    blocks = {key: options[key[0]][choice] for key, (choice, _) in places.items()}
     groups = {key: count for key, (_, count) in places.items()}
     spent = sum(float(freed[key][place]) for key, place in places.items())
     channels = {key: count for key, count in budget.units.items() if key[1] == "mlp"}
@@ -136,7 +136,7 @@ def allocate_query_heads(
     removed = {**groups, **allocate_global(rest, costs)}
     missed = abs(rest.parameters - sum(budget.freed(key, removed[key]) for key in channels))
     if missed > half_channel(budget):
-        # channels do not make up for the jump to the next group
+        # channels cannot compensate for the last group: allocate all units again with these options
         by_heads = {key: _freed_by_heads(budget, key, option) for key, option in blocks.items()}
         unit = {key: size - by_heads.get(key, 0) // budget.units[key] for key, size in budget.unit.items()}
         rest = replace(budget, parameters=budget.parameters - sum(by_heads.values()), unit=unit)
@@ -145,32 +145,32 @@ def allocate_query_heads(
 
 
 def _freed_by_heads(budget: Budget, key: Key, option: QueryHeadOption) -> int:
-    """Parameters of the query heads that a layer's groups have lost: rows of `q_proj`, columns of `o_proj`."""
+    """Return the parameters of the query heads that `option` removes: rows of `q_proj`, columns of `o_proj`."""
     shape = budget.shape.layers[key[0]]
-    gone = shape.query_heads - option.heads.numel()
+    removed = shape.query_heads - option.heads.numel()
     # a group is `n_rep + 1` pairs of heads, and the bias of every row
     bias = budget.unit[key] - 2 * (shape.n_rep + 1) * budget.shape.hidden_size * shape.head_dim
-    return gone * (2 * budget.shape.hidden_size * shape.head_dim + bias // (shape.n_rep + 2))
+    return removed * (2 * budget.shape.hidden_size * shape.head_dim + bias // (shape.n_rep + 2))
 
 
 def options_of(model: PreTrainedModel, statistics: Statistics, layers: set[int]) -> dict[int, list[QueryHeadOption]]:
-    """What `thinned` gives for `layers`.
+    """Compute the `query_head_options` of `layers`.
 
     Raises:
-        UsageError: statistics of another criterion, or without moments.
+        UsageError: the statistics are of another criterion, or without moments.
     """
     if statistics.criterion != "curvature":
         raise UsageError(
-            f"allocation query_heads prices by criterion curvature, and these statistics are for {statistics.criterion}: "
-            "collect them with curvature"
+            f"allocation query_heads requires criterion curvature, and the statistics are for {statistics.criterion}: "
+            "collect them with criterion='curvature'"
         )
     slices = trace_units(statistics.source.layers)
-    found = {}
+    options = {}
     for layer in sorted(layers):
         moments = statistics.blocks[layer, "attention"].moments
         if moments is None or moments.gradients is None:
             raise UsageError("allocation query_heads needs statistics with moments: collect them with moments=True")
         linear = model.get_decoder().layers[layer].get_submodule(OUTPUT_PROJECTION["attention"])
         gram = fill_(weighted_gram(linear.weight.detach(), moments.gradients))
-        found[layer] = list(thinned(moments.ridged(), gram, slices[layer]))
-    return found
+        options[layer] = list(query_head_options(moments.ridged(), gram, slices[layer]))
+    return options

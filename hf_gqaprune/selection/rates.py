@@ -14,19 +14,19 @@ from .convex_hull import half_channel, settle
 
 
 def allocate_uniform(budget: Budget) -> dict[Key, int]:
-    """The same rate in every layer: whole KV groups at the nearest count, FFN channels for the exact rest.
+    """Remove the same fraction of every layer: the nearest number of KV groups, and FFN channels for the exact rest.
 
-    Layers of equal size keep equal sizes, give or take one channel. `costs` is not read.
+    Layers of equal size keep equal sizes, up to one channel.
     """
     rate = budget.parameters / sum(budget.unit[key] * count for key, count in budget.units.items())
     return _at_rates(budget, {key: rate for key in budget.units}, budget.parameters)
 
 
 def allocate_per_layer(budget: Budget, rates: Sequence[float]) -> dict[Key, int]:
-    """The user's own rates: in layer i the fraction `rates[i]` of its attention and FFN weights goes.
+    """Remove the fraction `rates[i]` of the attention and FFN weights of layer i.
 
     Raises:
-        UsageError: for a list of another length or a rate outside 0 ... 1.
+        UsageError: the list has another length, or a rate is outside [0, 1).
     """
     layers = len(budget.shape.layers)
     if len(rates) != layers:
@@ -44,18 +44,19 @@ def allocate_per_layer(budget: Budget, rates: Sequence[float]) -> dict[Key, int]
 
 
 def allocate_layer_importance(budget: Budget, scores: Sequence[float], temperature: float) -> dict[Key, int]:
-    """Rates that fall with a layer's importance: softmax(-z / temperature), scaled to the budget, capped by the floors.
+    """Remove less from important layers: rates softmax(-z / temperature), scaled to the budget, capped by the floors.
 
-    z are the scores, standardised over the layers of the budget, so that the temperature means the same for every
-    measure: at 1 a layer one standard deviation less important loses e times as much; a high one is `uniform`.
+    z are the scores, standardised over the layers of the budget, so that the temperature does not depend on the unit of
+    the scores: at 1 a layer one standard deviation less important loses e times as much; towards infinity all rates
+    are equal.
 
     Args:
-        budget: what to remove.
-        scores: importance per layer of the model, any unit (see `layer_importance.measure`).
-        temperature: from 0.01.
+        budget: the parameters to remove.
+        scores: importance per layer of the model, in any unit (see `measure_layers`).
+        temperature: at least 0.01.
 
     Raises:
-        UsageError: for a list of another length or a score that is not finite.
+        UsageError: the list has another length, or a score is not finite.
     """
     layers = len(budget.shape.layers)
     if len(scores) != layers:
@@ -65,13 +66,13 @@ def allocate_layer_importance(budget: Budget, scores: Sequence[float], temperatu
             raise UsageError(f"layer {index}: score {score} must be a finite number")
     present = sorted({layer for layer, _ in budget.units})
     mean = statistics.fmean(scores[i] for i in present)
-    spread = statistics.pstdev(scores[i] for i in present) or 1.0
-    log_weight = {i: -(scores[i] - mean) / spread / temperature for i in present}
+    deviation = statistics.pstdev(scores[i] for i in present) or 1.0
+    log_weight = {i: -(scores[i] - mean) / deviation / temperature for i in present}
     size = {i: sum(budget.unit[key] * n for key, n in budget.units.items() if key[0] == i) for i in present}
     most = {i: sum(budget.freed(key, n) for key, n in budget.removable.items() if key[0] == i) for i in present}
 
     def rates(log_scale: float) -> dict[int, float]:
-        # from e^-40, which removes nothing, so that every layer can make up for the rounding of the others
+        # at least e^-40, which removes nothing, so that every layer can compensate for the rounding of the others
         return {i: min(most[i] / size[i], math.exp(max(-40, min(1, log_scale + log_weight[i])))) for i in present}
 
     low, high = -max(log_weight.values()) - 40, 1 - min(log_weight.values())
@@ -84,10 +85,10 @@ def allocate_layer_importance(budget: Budget, scores: Sequence[float], temperatu
 
 
 def _at_rates(budget: Budget, rates: Mapping[Key, float], target: float) -> dict[Key, int]:
-    """Groups at the nearest count for each attention block's rate, then channels, spread evenly, to meet `target`.
+    """Round each attention block's rate to the nearest number of groups, then remove channels evenly to meet `target`.
 
-    Where channels cannot make up for the rounding (attention much larger than the FFN), every attention block takes
-    the next count, and blocks go whole only where nothing else meets the target.
+    If channels cannot compensate for the rounding (attention much larger than the FFN), the group counts of all blocks
+    are shifted together; whole blocks are removed only if nothing else meets the target.
     """
     whole, partial = budget.removable, {key: budget.floor_or_all(key) for key in budget.units}
     shifts = sorted(range(-max(whole.values(), default=0), max(whole.values(), default=0) + 1), key=abs)
@@ -113,7 +114,7 @@ def _at_rates(budget: Budget, rates: Mapping[Key, float], target: float) -> dict
 def _spread_channels(
     budget: Budget, rates: Mapping[Key, float], limit: Mapping[Key, int], left: float
 ) -> dict[Key, int]:
-    """`{FFN block: channels removed}` that free `left` parameters, in proportion to rate times width."""
+    """Distribute `left` parameters over FFN channels in proportion to rate times width: `{FFN block: channels}`."""
     channels = [key for key in budget.units if key[1] == "mlp"]
     removed = dict.fromkeys(channels, 0)
     while channels and left > 0:

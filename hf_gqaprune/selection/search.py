@@ -1,8 +1,7 @@
-"""Removal counts, statistics and a dense model in; counts of the same budget that keep the predictions better out.
+"""Improve an allocation by measured divergence from the dense model.
 
-Curves add up what each block costs by itself. The search measures what the blocks cost together: the divergence of the
-masked dense model, its output projections re-fitted, on the held-out calibration windows. These choose ridges, step
-lengths and trades; the moments and curves have seen them with all the others.
+Removal curves add the costs of blocks as if they were independent. The search measures their joint cost: the divergence
+of the masked dense model, with refitted output projections, on the held-out calibration windows.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from ..compensation import refit_columns
 from ..data import split_batches
 from ..dependency_graph import trace_units
 from ..errors import UsageError, WorkError
-from ..models import OUTPUT_PROJECTION, Key, eval_without_grad
+from ..models import OUTPUT_PROJECTION, Key, TopLogProbs, eval_without_grad, top_kl_divergence, top_log_probs
 from ..statistics import Statistics
 from ..utils import distributed
 from .budget import Budget
@@ -26,35 +25,35 @@ from .budget import Budget
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: shares of an FFN that change hands at a time; of attention blocks it is always one group
+#: fractions of an FFN traded at a time; attention blocks always trade one group
 _SHARES = (1 / 8, 1 / 32)
-#: pairs that are tried, the most promising first, before the share is lowered
+#: pairs tried, the most promising first, before the fraction is lowered
 _PAIRS = 6
-#: a swap has to lower the divergence by this fraction
+#: minimum relative decrease of the divergence by a trade
 _GAIN = 1e-3
-#: predictions of the dense model that are kept per token; all others count as one
+#: predictions of the dense model stored per token; all others count as one outcome
 _TOP = 128
 Counts = dict[Key, int]
 
 
 def refine(model: PreTrainedModel, statistics: Statistics, budget: Budget, start: Mapping[Key, int]) -> Counts:
-    """Coordinate descent on measured KL(dense || pruned): two blocks at a time trade units of equal size.
+    """Trade units of equal size between two blocks at a time as long as the measured KL(dense || pruned) decreases.
 
-    How the divergence changes when a block alone gives or gets units ranks the pairs; a pair is traded only where the
-    divergence of both together falls, so that the result is never worse than `start` by this measure.
+    Pairs are ranked by the change of the divergence when each block alone loses or regains units, and traded only if
+    their joint divergence decreases: by this measure the result is never worse than `start`.
 
     Args:
-        model: the dense causal LM; unchanged afterwards.
-        statistics: curves and moments of `model`, with the calibration windows, eight at least.
-        budget: limits and sizes; the result misses it by half an FFN channel (half a lot) or by what `start` does.
+        model: the dense causal LM; restored afterwards.
+        statistics: curves and moments of `model`, and at least eight calibration windows.
+        budget: limits and sizes; the result misses it by half an FFN channel (half a lot), or by as much as `start`.
         start: units removed per block.
 
     Returns:
         Units removed per block.
 
     Raises:
-        UsageError: statistics without moments, or without held-out windows.
-        WorkError: a divergence that is not finite.
+        UsageError: the statistics have no moments or no held-out windows.
+        WorkError: a divergence is nan.
     """
     from tqdm.auto import tqdm
 
@@ -65,26 +64,26 @@ def refine(model: PreTrainedModel, statistics: Statistics, budget: Budget, start
         raise UsageError("allocation search needs statistics with moments: collect them with moments=True")
     with eval_without_grad(model), torch.no_grad(), _masked(model, statistics, budget) as candidate:
         held_out = distributed.shard(calibration.held_out)
-        targets = [_Target.of(model, ids) for ids in split_batches(held_out, model.config.vocab_size)]
+        tarreceiver = [_Target.of(model, ids) for ids in split_batches(held_out, model.config.vocab_size)]
         for key, count in start.items():
-            candidate.place(key, count)
+            candidate.mask(key, count)
         with tqdm(desc="searching", unit="plan", disable=None, leave=False) as bar:
-            return _Descent(model, candidate, targets, budget, dict(start), bar).run()
+            return _Descent(model, candidate, tarreceiver, budget, dict(start), bar).run()
 
 
 class _Descent:
-    """Where the search is, and what it knows of the ways on."""
+    """State of the descent: the current counts and their divergence."""
 
     def __init__(
-        self, model: Any, candidate: _Candidate, targets: list[_Target], budget: Budget, counts: Counts, bar: Any
+        self, model: Any, candidate: _Candidate, tarreceiver: list[_Target], budget: Budget, counts: Counts, bar: Any
     ) -> None:
-        self.model, self.candidate, self.targets = model, candidate, targets
+        self.model, self.candidate, self.tarreceiver = model, candidate, tarreceiver
         self.budget, self.counts, self.bar = budget, counts, bar
         self.tolerance = max(abs(self._miss(counts)), *(budget.unit[k] / 2 for k in counts if k[1] == "mlp"), 0)
         self.best = self._divergence()
 
     def run(self) -> Counts:
-        """Trade until no pair helps, in finer and finer shares."""
+        """Trade until no pair helps, in decreasing fractions; return the counts."""
         for share in _SHARES:
             rates: dict[tuple[Key, int], float] = {}
             while True:
@@ -100,79 +99,79 @@ class _Descent:
         return self.counts
 
     def _first_better(self, rates: Mapping[tuple[Key, int], float], share: float) -> tuple[Key, Key] | None:
-        """Trade the most promising pair that helps, and name it."""
-        for gets, gives, counts in self._swaps(rates, share)[:_PAIRS]:
-            before = {key: self.counts[key] for key in (gets, gives)}
+        """Make the first trade that lowers the divergence, and return its pair; None if there is none."""
+        for receiver, donor, counts in self._swaps(rates, share)[:_PAIRS]:
+            before = {key: self.counts[key] for key in (receiver, donor)}
             for key in before:
-                self.candidate.place(key, counts[key])
-            found = self._divergence()
-            if found < self.best * (1 - _GAIN):
-                self.best, self.counts = found, counts
-                return gets, gives
+                self.candidate.mask(key, counts[key])
+            divergence = self._divergence()
+            if divergence < self.best * (1 - _GAIN):
+                self.best, self.counts = divergence, counts
+                return receiver, donor
             for key, count in before.items():
-                self.candidate.place(key, count)
+                self.candidate.mask(key, count)
         return None
 
     def _swaps(self, rates: Mapping[tuple[Key, int], float], share: float) -> list[tuple[Key, Key, Counts]]:
-        """Pairs that are expected to lower the divergence, and the counts after the trade, the best first."""
-        found = []
-        for gets in self.counts:
-            for gives in self.counts:
-                counts = self._traded(gets, gives, share) if gets != gives else None
+        """Return pairs expected to lower the divergence, with the counts after the trade, the best first."""
+        swaps = []
+        for receiver in self.counts:
+            for donor in self.counts:
+                counts = self._traded(receiver, donor, share) if receiver != donor else None
                 if counts is None:
                     continue
                 freed = [
                     self.budget.freed(key, counts[key]) - self.budget.freed(key, self.counts[key])
-                    for key in (gets, gives)
+                    for key in (receiver, donor)
                 ]
-                change = freed[0] * rates[gets, -1] + freed[1] * rates[gives, 1]
+                change = freed[0] * rates[receiver, -1] + freed[1] * rates[donor, 1]
                 if change < 0:
-                    found.append((change, (gets, gives, counts)))
-        return [swap for _, swap in sorted(found, key=lambda item: item[0])]
+                    swaps.append((change, (receiver, donor, counts)))
+        return [swap for _, swap in sorted(swaps, key=lambda item: item[0])]
 
-    def _traded(self, gets: Key, gives: Key, share: float) -> Counts | None:
-        """The counts after `gives` has lost units and `gets` got some back; None where the budget does not allow it."""
+    def _traded(self, receiver: Key, donor: Key, share: float) -> Counts | None:
+        """Return the counts after `donor` loses units and `receiver` regains some; None if the budget forbids it."""
         counts = dict(self.counts)
-        counts[gets] -= self._step(gets, share)
-        counts[gives] += self._step(gives, share)
-        flexible = next((key for key in (gives, gets) if key[1] == "mlp"), None)
+        counts[receiver] -= self._step(receiver, share)
+        counts[donor] += self._step(donor, share)
+        flexible = next((key for key in (donor, receiver) if key[1] == "mlp"), None)
         if flexible:
-            # a KV group and a number of channels are of one size only nearly
+            # KV groups and FFN channels differ in size: round to the nearest number of channels
             counts[flexible] -= round(self._miss(counts) / self.budget.unit[flexible])
-        possible = all(0 <= counts[key] <= self.budget.removable[key] for key in (gets, gives))
-        moved = counts[gets] < self.counts[gets] and counts[gives] > self.counts[gives]
+        possible = all(0 <= counts[key] <= self.budget.removable[key] for key in (receiver, donor))
+        moved = counts[receiver] < self.counts[receiver] and counts[donor] > self.counts[donor]
         return counts if possible and moved and abs(self._miss(counts)) <= self.tolerance + 1e-6 else None
 
     def _step(self, key: Key, share: float) -> int:
         return 1 if key[1] == "attention" else max(1, round(share * self.budget.units[key]))
 
     def _miss(self, counts: Counts) -> float:
-        """Parameters removed beyond the budget."""
+        """Return how many parameters `counts` removes beyond the budget."""
         return sum(self.budget.freed(key, count) for key, count in counts.items()) - self.budget.parameters
 
     def _rate(self, key: Key, change: int) -> float:
-        """Change of the divergence per parameter that a block alone frees; infinite where it cannot."""
+        """Return the change of the divergence per parameter freed by this block alone; infinite if the block cannot change."""
         start = self.counts[key]
         count = max(0, min(self.budget.removable[key], start + change))
         freed = self.budget.freed(key, count) - self.budget.freed(key, start)
         if not freed:
             return torch.inf if change > 0 else -torch.inf
-        self.candidate.place(key, count)
-        found = self._divergence()
-        self.candidate.place(key, start)
-        return (found - self.best) / freed
+        self.candidate.mask(key, count)
+        divergence = self._divergence()
+        self.candidate.mask(key, start)
+        return (divergence - self.best) / freed
 
     def _divergence(self) -> float:
         self.bar.update()
         some = self.model.get_input_embeddings().weight
-        total = distributed.all_reduce_scalar(sum(target.divergence(self.model) for target in self.targets), some)
+        total = distributed.all_reduce_scalar(sum(target.divergence(self.model) for target in self.tarreceiver), some)
         if total != total:
-            raise WorkError("the divergence of a candidate from the dense model is not a number: activations overflow")
+            raise WorkError("the divergence of a candidate from the dense model is nan: load the model in float32 or bfloat16")
         return total
 
 
 class _Candidate:
-    """A dense model some of whose output projections are masked and re-fitted."""
+    """The dense model with masked and refitted output projections."""
 
     def __init__(self, model: Any, statistics: Statistics, budget: Budget) -> None:
         slices = trace_units(statistics.source.layers)
@@ -189,8 +188,8 @@ class _Candidate:
             for key, linear in self.linears.items()
         }
 
-    def place(self, key: Key, count: int) -> None:
-        """Let a block be without the first `count` units of its curve."""
+    def mask(self, key: Key, count: int) -> None:
+        """Mask the first `count` units of a block's removal curve and refit its other columns."""
         block, dense = self.statistics.blocks[key], self.dense[key]
         removed = self.budget.unpacked({key: count})[key]
         kept = block.curve.order[removed:].sort().values
@@ -208,6 +207,7 @@ class _Candidate:
             linear.bias.data = dense["bias"] if len(kept) else torch.zeros_like(dense["bias"])
 
     def restore(self) -> None:
+        """Put the dense weights back."""
         for key, linear in self.linears.items():
             for name, tensor in self.dense[key].items():
                 linear.get_parameter(name).data = tensor
@@ -224,44 +224,28 @@ def _masked(model: Any, statistics: Statistics, budget: Budget) -> Iterator[_Can
 
 @dataclass(frozen=True)
 class _Target:
-    """What the dense model predicts of some windows.
+    """Predictions of the dense model for some windows.
 
     Attributes:
         ids: int64 `(windows, seq_len)`.
-        top: int64 `(windows, seq_len, k)`, its most likely tokens.
-        log_probs: float32, their log probabilities.
-        rest: float32 `(windows, seq_len)`, log probability of all other tokens together.
+        top: log-probabilities of its most likely tokens, `(windows, seq_len, k)`.
     """
 
     ids: torch.Tensor
-    top: torch.Tensor
-    log_probs: torch.Tensor
-    rest: torch.Tensor
+    top: TopLogProbs
 
     @staticmethod
     def of(model: Any, ids: torch.Tensor) -> _Target:
-        whole = _log_probs(model, ids)
-        log_probs, top = whole.topk(min(_TOP, whole.shape[-1]), dim=-1)
-        return _Target(ids, top, log_probs, _others(log_probs))
+        """Run the dense model on `ids`."""
+        return _Target(ids, top_log_probs(_logits(model, ids), _TOP))
 
     def divergence(self, model: Any) -> float:
-        """KL in nats, summed over tokens, of the distribution over the top tokens and everything else.
-
-        A lower bound of the KL over the vocabulary (data processing inequality), and equal to it where it is no larger
-        than the top.
-        """
-        given = _log_probs(model, self.ids).gather(-1, self.top)
-        total = (self.log_probs.exp() * (self.log_probs - given)).sum(-1)
-        total += self.rest.exp() * (self.rest - _others(given))
-        return float(total.sum(dtype=torch.float64))
+        """Sum the divergence of `model` from the dense model over tokens, in nats."""
+        return float(top_kl_divergence(_logits(model, self.ids), self.top).sum(dtype=torch.float64))
 
 
-def _others(log_probs: torch.Tensor) -> torch.Tensor:
-    """Log of the probability that is left; of what rounding makes of nothing, the least that counts."""
-    return torch.log1p(-log_probs.exp().sum(-1).clamp(max=1 - 1e-6))
-
-
-def _log_probs(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """float32 `(windows, seq_len, vocabulary)`."""
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits `(windows, seq_len, vocabulary)`."""
     device = model.get_input_embeddings().weight.device
-    return model(input_ids=ids.to(device), use_cache=False).logits.float().log_softmax(-1)
+    logits: torch.Tensor = model(input_ids=ids.to(device), use_cache=False).logits
+    return logits

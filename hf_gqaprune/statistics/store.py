@@ -1,7 +1,4 @@
-"""What a calibration pass measured, per block; a folder with one file per block.
-
-Curves are always kept; moments, which compensation needs, can be left out of the folder.
-"""
+"""Save and load the statistics of a calibration pass, one file per block."""
 
 from __future__ import annotations
 
@@ -23,16 +20,17 @@ from ..utils import CPU, new_folder, save_tensors, to_host, write_json
 from .moments import Curve, Moments
 
 VERSION = 3
-#: rows of a symmetric matrix that a file holds together, from the first column to the last one that they reach
+#: rows per strip of a stored symmetric matrix; a strip ends at its last diagonal element
 _STRIP = 256
 
 
 @dataclass(frozen=True)
 class BlockStatistics:
-    """What was measured of one block.
+    """Measurements of one block.
 
     Attributes:
-        weight: `weight_digest` of its output projection; None where only the sizes of the model were known.
+        stored: the moments, or the file that holds them; None if they were not kept.
+        weight: `weight_digest` of its output projection; None if the model had no weights.
     """
 
     layer: int
@@ -43,7 +41,7 @@ class BlockStatistics:
 
     @staticmethod
     def open(folder: Path, layer: int, kind: str) -> BlockStatistics:
-        """A block of a saved folder; raises [`UsageError`] where it is missing."""
+        """Open a block of a saved folder; raises [`UsageError`] if it is missing."""
         from safetensors import safe_open
 
         path = block_file(folder, layer, kind)
@@ -56,18 +54,18 @@ class BlockStatistics:
 
     @property
     def moments(self) -> Moments | None:
-        """What re-fitting needs, None where it was not kept; of saved statistics read each time it is asked for."""
+        """Return the moments, or None if they were not kept; saved ones are read from the file at each access."""
         return _read_moments(self.stored, CPU) if isinstance(self.stored, Path) else self.stored
 
     def moments_on(self, device: torch.device) -> Moments | None:
-        """`moments` on a device."""
+        """Return `moments` on `device`."""
         if isinstance(self.stored, Path):
             return _read_moments(self.stored, device)
         return self.stored and self.stored.to(device)
 
     @property
     def has_moments(self) -> bool:
-        """Whether `moments` is there, without reading it."""
+        """Return whether the block has moments, without reading them."""
         return self.stored is not None
 
 
@@ -77,10 +75,10 @@ class Statistics:
 
     Attributes:
         source: sizes of the measured model.
-        criterion: name of the criterion that made the curves.
-        blocks: `{(layer, kind): BlockStatistics}` for every block that is present.
-        calibration: the windows, `None` where the criterion needed none.
-        seed: for criteria that draw.
+        criterion: name of the criterion that computed the curves.
+        blocks: `{(layer, kind): BlockStatistics}` for every block of the model.
+        calibration: the windows, None if the criterion needed none.
+        seed: of random criteria.
     """
 
     source: ModelShape
@@ -91,17 +89,17 @@ class Statistics:
 
     @property
     def folder(self) -> Path | None:
-        """Where moments are read from, None where they are in memory."""
+        """Return the folder that moments are read from, None if they are in memory."""
         return next((b.stored.parent for b in self.blocks.values() if isinstance(b.stored, Path)), None)
 
     def read(self, layer: int, device: torch.device) -> dict[str, Moments]:
-        """`{kind: Moments}` of a layer's blocks that were measured."""
+        """Return `{kind: Moments}` of a layer's blocks on `device`; blocks without moments are left out."""
         blocks = {kind: self.blocks[layer, kind] for kind in KINDS if (layer, kind) in self.blocks}
-        found = {kind: block.moments_on(device) for kind, block in blocks.items()}
-        return {kind: moments for kind, moments in found.items() if moments is not None}
+        loaded = {kind: block.moments_on(device) for kind, block in blocks.items()}
+        return {kind: moments for kind, moments in loaded.items() if moments is not None}
 
     def check_weights(self, layer: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """Raise [`UsageError`] where a layer's moments were measured on others than `{"self_attn.o_proj.weight": ...}`."""
+        """Raise [`UsageError`] if a layer's moments were not measured on `weights`, `{"self_attn.o_proj.weight": ...}`."""
         for kind, name in OUTPUT_PROJECTION.items():
             block = self.blocks.get((layer, kind))
             if block and block.has_moments and block.weight not in (None, weight_digest(weights[f"{name}.weight"])):
@@ -111,12 +109,12 @@ class Statistics:
                 )
 
     def identity(self) -> tuple[object, ...]:
-        """What tells two measurements apart, without their moments."""
+        """Return a value that is equal for equal measurements, compared without their moments."""
         ends = [(key, *block.curve.order.tolist(), float(block.curve.cost[-1])) for key, block in self.blocks.items()]
         return self.criterion, self.seed, ends, self.calibration and self.calibration.ids.tolist()
 
     def save(self, folder: str | os.PathLike[str], *, moments: bool = True, overwrite: bool = False) -> None:
-        """Write `statistics.json` and one safetensors file per block; of symmetric moments the lower half is stored."""
+        """Write `statistics.json` and one safetensors file per block, with the lower half of symmetric moments."""
         with new_folder(folder, overwrite) as scratch:
             for block in self.blocks.values():
                 save_block(block, scratch, moments=moments)
@@ -141,7 +139,7 @@ class Statistics:
 
     @staticmethod
     def load(folder: str | os.PathLike[str]) -> Statistics:
-        """Open a saved folder, which has to stay where it is; raises [`UsageError`] naming what is missing."""
+        """Open a saved folder, which must not be moved while in use; raises [`UsageError`] naming a missing file."""
         from safetensors.torch import load_file
 
         root = Path(folder)
@@ -165,22 +163,22 @@ class Statistics:
 
 
 def weight_digest(weight: torch.Tensor) -> str | None:
-    """What tells a weight from all others, its dtype included: 32 hex digits; None on the meta device."""
+    """Hash a weight, its dtype and its shape: 32 hex digits; None on the meta device."""
     return None if weight.is_meta else digest(weight.dtype, tuple(weight.shape), [to_host(weight.detach())])
 
 
 def block_file(folder: Path, layer: int, kind: str) -> Path:
-    """Where a folder of statistics keeps a block."""
+    """Return the file of a block in a folder of statistics."""
     return folder / f"layer-{layer:03d}.{kind}.safetensors"
 
 
 def save_block(block: BlockStatistics, folder: Path, *, moments: bool = True) -> None:
-    """Write one block's file in one step, half of each symmetric moment; [`WorkError`] where it cannot be written."""
+    """Write one block's file atomically; raises [`WorkError`] if it cannot be written."""
     write_block(packed_block(block, moments=moments), block, folder)
 
 
 def packed_block(block: BlockStatistics, *, moments: bool = True) -> dict[str, torch.Tensor]:
-    """What a block's file holds, moments where they are."""
+    """Return the tensors of a block's file, with half of each symmetric moment."""
     tensors = {"order": block.curve.order, "cost": block.curve.cost}
     m = block.moments if moments else None
     if m is not None:
@@ -191,7 +189,7 @@ def packed_block(block: BlockStatistics, *, moments: bool = True) -> dict[str, t
 
 
 def write_block(tensors: Mapping[str, torch.Tensor], block: BlockStatistics, folder: Path) -> None:
-    """`save_block` of what was packed."""
+    """Write the tensors that `packed_block` returned for `block`."""
     path = block_file(folder, block.layer, block.kind)
     part = path.with_suffix(".part")
     metadata = {"weight": block.weight} if block.weight else None
@@ -209,21 +207,21 @@ def _read_moments(path: Path, device: torch.device) -> Moments:
 
 
 def _half(matrix: torch.Tensor) -> torch.Tensor:
-    """The lower triangle of a symmetric `(n, n)`, and a little more, in strips of rows one after the other: flat."""
+    """Flatten the lower triangle of a symmetric `(n, n)`, and a little more, strip by strip of its rows."""
     firsts = range(0, len(matrix), _STRIP)
     return torch.cat([matrix[first : first + _STRIP, : first + _STRIP].flatten() for first in firsts])
 
 
 def half_size(n: int) -> int:
-    """Numbers in `_half` of an `(n, n)`."""
+    """Return how many numbers `_half` of an `(n, n)` matrix has."""
     return sum(min(_STRIP, n - first) * min(first + _STRIP, n) for first in range(0, n, _STRIP))
 
 
 def _square(half: torch.Tensor) -> torch.Tensor:
-    """Inverse of `_half`."""
+    """Rebuild the matrix that `_half` flattened."""
     strips, n = [], 0
     while len(half):
-        # the last strip may be lower: rows * (n + rows) numbers are left
+        # the last strip may have fewer rows: rows * (n + rows) numbers are left
         rows = min(_STRIP, (math.isqrt(n * n + 4 * len(half)) - n) // 2)
         strips.append((n, half[: rows * (n + rows)].view(rows, n + rows)))
         half = half[rows * (n + rows) :]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..compensation import Walk
+from ..compensation import ResidualStreams
 from ..data import refit_batches
 from ..dependency_graph import UnitSlices
 from ..models import materialized
@@ -44,8 +44,7 @@ class Refit:
         """
         self.layers, self.pruned, self.statistics = layers, pruned, statistics
         self.store = ActivationStore(working / "streams", layers.device, spare)
-        self.walk: Walk | None = None
-        self.differs = False
+        self.streams: ResidualStreams | None = None
         self._moments = Prefetcher(layers.device, self._read, _tensors)
 
     def begin(self, first: int) -> int:
@@ -65,11 +64,12 @@ class Refit:
         if self._whole(found):
             state = self._state(found)
             dense, pruned = (StoredSequence(self.store, state[name]) for name in ("dense", "pruned"))
-            self.differs = state["differs"]
+            differs = state["differs"]
         else:
+            differs = False
             dense = pruned = self.store.keep(self.layers.embedded(ids))
-        decoder_inputs = self.layers.decoder_inputs(calibration.ids.shape[1])
-        self.walk = Walk(dense, pruned, held_out, decoder_inputs, self.pruned.config, self.store.keep)
+        inputs = self.layers.decoder_inputs(calibration.ids.shape[1])
+        self.streams = ResidualStreams(dense, pruned, held_out, inputs, self.pruned.config, self.store.keep, differs)
         return found
 
     def layer(self, index: int, kept: LayerPlan, slices: UnitSlices) -> dict[str, torch.Tensor]:
@@ -79,16 +79,16 @@ class Refit:
             self.statistics.check_weights(index, weights)
             following = index + 1 if index + 1 < len(self.statistics.source.layers) else None
             new = prune_layer(weights, kept, slices, self._moments.take(index, following))
-            if self.walk is None:
+            if self.streams is None:
                 return new
             layer = self.pruned.get_decoder().layers[index]
             with materialized(layer, new):
                 for kind in ("attention", "mlp"):
-                    self.differs = self.walk.block(index, kind, dense, layer, self.differs)
+                    self.streams.refit_block(index, kind, dense, layer)
                 new = dict(layer.state_dict())
-            streams = {"dense": self.walk.dense, "pruned": self.walk.pruned}
+            streams = {"dense": self.streams.dense, "pruned": self.streams.pruned}
             names = {key: stream.name for key, stream in streams.items() if isinstance(stream, StoredSequence)}
-            write_json(self._note(index + 1), {**names, "differs": self.differs})
+            write_json(self._note(index + 1), {**names, "differs": self.streams.differs})
         return new
 
     def _read(self, index: int) -> dict[str, Moments]:
@@ -96,7 +96,7 @@ class Refit:
 
     def finished(self, index: int) -> None:
         """The layer's weights are safe: what came before it may go."""
-        if self.walk is not None:
+        if self.streams is not None:
             state = self._state(index + 1)
             self._note(index).unlink(missing_ok=True)
             self.store.drop_all_but((state["dense"], state["pruned"]))

@@ -5,15 +5,15 @@ import torch
 from support.tiny import tiny_llama
 
 import hf_gqaprune as gp
-from hf_gqaprune.compensation import least_squares as reconstruction
+from hf_gqaprune.compensation import least_squares
 from hf_gqaprune.compensation.least_squares import NormalEquations, refit_on_pruned_prefix
-from hf_gqaprune.linalg import symmetric as factors
+from hf_gqaprune.linalg import symmetric
 from hf_gqaprune.plan import LayerPlan, PruningPlan
 
 
 @pytest.mark.parametrize("strip", [2, 1024])
 def test_sums_give_the_ridge_solution_and_its_error(strip, monkeypatch):
-    monkeypatch.setattr(factors, "_STRIP", strip)
+    monkeypatch.setattr(symmetric, "_STRIP", strip)
     generator = torch.Generator().manual_seed(0)
     x, t = torch.randn(40, 5, generator=generator), torch.randn(40, 3, generator=generator)
     prior = torch.randn(3, 5, generator=generator).double()
@@ -41,11 +41,11 @@ def test_inputs_that_are_all_zero_keep_the_weights():
 def test_a_sketch_keeps_sums_of_rows_and_norms():
     generator = torch.Generator().manual_seed(0)
     few, many = (torch.randn(count, 7, generator=generator) for count in (1024, 1025))
-    assert torch.equal(reconstruction._sketched(few), few.double())
-    sketch = reconstruction._sketched(many)
+    assert torch.equal(least_squares._sketched(few), few.double())
+    sketch = least_squares._sketched(many)
     assert sketch.shape == (512, 7)
     mix = torch.randn(7, 3, generator=generator, dtype=torch.float64)
-    assert torch.allclose(reconstruction._sketched(many.double() @ mix), sketch @ mix)
+    assert torch.allclose(least_squares._sketched(many.double() @ mix), sketch @ mix)
     assert float(sketch.square().sum() / many.double().square().sum()) == pytest.approx(1, abs=0.25)
 
 
@@ -61,12 +61,12 @@ def test_many_outputs_choose_the_ridge_that_all_of_them_would(noise, best, monke
         sums[-1].add(x, x @ true.T + noise * torch.randn(16, 3000, generator=generator) * true.norm(dim=1))
         sums[-1].complete()
     prior = (true + 0.3 * torch.randn(3000, 12, generator=generator) * true.norm(dim=1)[:, None] / 3).double()
-    errors = [sums[1].error(sums[0].solve(prior, ridge)) for ridge in reconstruction.RIDGES]
+    errors = [sums[1].error(sums[0].solve(prior, ridge)) for ridge in least_squares.RIDGES]
     assert errors.index(min(errors)) == best
-    for sketch in (reconstruction._SKETCH, 3000):
-        monkeypatch.setattr(reconstruction, "_SKETCH", sketch)
-        fit, held = (NormalEquations(s.gram, reconstruction._sketched(s.cross)) for s in sums)
-        assert reconstruction._ridge(fit, held, reconstruction._sketched(prior), "here") == reconstruction.RIDGES[best]
+    for sketch in (least_squares._SKETCH, 3000):
+        monkeypatch.setattr(least_squares, "_SKETCH", sketch)
+        fit, held = (NormalEquations(s.gram, least_squares._sketched(s.cross)) for s in sums)
+        assert least_squares.best_ridge(fit, held, least_squares._sketched(prior)) == least_squares.RIDGES[best]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from hf_gqaprune.cli import main
 from hf_gqaprune.dependency_graph import trace_units
 from hf_gqaprune.errors import UsageError
 from hf_gqaprune.models.shapes import LayerShape
-from hf_gqaprune.selection.query_heads import options_of, thinned
+from hf_gqaprune.selection.query_heads import options_of, query_head_options
 
 IDS = token_ids(24, 12)
 
@@ -45,7 +45,7 @@ def test_prices_are_those_of_an_explicit_refit(seed: int, kv_heads: int, n_rep: 
     def cost(heads: torch.Tensor) -> float:
         return refit_cost(weight, h, g, columns[heads].flatten().tolist())
 
-    options = list(thinned(h, weight.T @ g @ weight, slices))
+    options = list(query_head_options(h, weight.T @ g @ weight, slices))
     assert [option.heads.shape for option in options] == [(kv_heads, n_rep - taken) for taken in range(n_rep)]
     for option in options:
         assert (option.heads // n_rep == torch.arange(kv_heads)[:, None]).all()

@@ -1,17 +1,15 @@
-"""Distillation: the divergence by hand, the teacher's cut logits, its cache on disk, and blocks fitted one by one."""
+"""Distillation: the losses, the teacher's cache on disk, and blocks fitted one by one."""
 
 from __future__ import annotations
 
 import copy
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from support.costs import full_divergence
 from support.tiny import tiny_llama, token_ids
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -19,64 +17,17 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from hf_gqaprune import make_plan, prune, recover
 from hf_gqaprune.checkpoint import identity
 from hf_gqaprune.errors import WorkError
-from hf_gqaprune.trainer import distill
+from hf_gqaprune.models import top_log_probs
 from hf_gqaprune.trainer.blockwise import reconstruct
-from hf_gqaprune.trainer.distill import divergence, losses, top_logits
-
-
-def full_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    q, p = (F.log_softmax(logits / temperature, -1) for logits in (student, teacher))
-    return F.kl_div(q, p, log_target=True, reduction="none").sum(-1) * temperature**2
-
-
-def test_the_divergence_by_hand() -> None:
-    teacher = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
-    student = torch.tensor([[0.25, 0.25, 0.25, 0.25]]).log()
-    # kept: 0.5 against 0.25; the other three together: 0.5 against 0.75
-    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
-    assert float(divergence(student, top_logits(teacher, 1))) == pytest.approx(expected, rel=1e-6)
-
-
-@given(st.integers(2, 40), st.integers(1, 60), st.floats(0.5, 4.0), st.integers(0, 1000))
-def test_the_divergence_is_a_lower_bound_and_exact_when_all_is_kept(
-    vocabulary: int, k: int, temperature: float, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = (torch.randn(5, vocabulary, generator=generator) * 4 for _ in range(2))
-    full = full_divergence(student, teacher, temperature)
-    found = divergence(student, top_logits(teacher, k, temperature), temperature)
-    assert (found >= -1e-4).all() and (found <= full + 1e-4).all()
-    if k >= vocabulary:
-        torch.testing.assert_close(found, full, atol=1e-4, rtol=1e-4)
-    itself = divergence(teacher, top_logits(teacher, k, temperature), temperature)
-    torch.testing.assert_close(itself, torch.zeros(5), atol=1e-4, rtol=0)
-
-
-def test_the_gradient_is_that_of_the_full_divergence_when_all_is_kept() -> None:
-    student = torch.randn(7, 30, requires_grad=True)
-    teacher = torch.randn(7, 30)
-    (ours,) = torch.autograd.grad(divergence(student, top_logits(teacher, 30, 2.0), 2.0).sum(), student)
-    (full,) = torch.autograd.grad(full_divergence(student, teacher, 2.0).sum(), student)
-    torch.testing.assert_close(ours, full)
-    (cut,) = torch.autograd.grad(divergence(student, top_logits(teacher, 3), 1.0).sum(), student)
-    assert cut.isfinite().all()
-
-
-def test_a_teacher_that_is_certain_gives_finite_gradients() -> None:
-    student = torch.randn(2, 9, requires_grad=True)
-    teacher = torch.zeros(2, 9)
-    teacher[:, 4] = 1e4
-    loss = divergence(student, top_logits(teacher, 2)).sum()
-    loss.backward()
-    assert loss.isfinite() and student.grad is not None and student.grad.isfinite().all()
+from hf_gqaprune.trainer.distill import losses
 
 
 def test_slices_of_the_logits_give_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, labels = torch.randn(11, 20, requires_grad=True), torch.randint(20, (11,))
-    targets = top_logits(torch.randn(11, 20), 4)
+    targets = top_log_probs(torch.randn(11, 20), 4)
     whole = losses(logits, labels, targets)
     whole_gradient = torch.autograd.grad(whole[0] + whole[1], logits)
-    monkeypatch.setattr(distill, "_LOGITS_AT_ONCE", 60)
+    monkeypatch.setattr("hf_gqaprune.models.losses.LOGITS_AT_ONCE", 60)
     sliced = losses(logits, labels, targets)
     torch.testing.assert_close(sliced, whole)
     torch.testing.assert_close(torch.autograd.grad(sliced[0] + sliced[1], logits), whole_gradient)
