@@ -136,7 +136,7 @@ def test_what_it_needs_is_said(tmp_path: Path, llama: Any, tokenizer: Any, capsy
     with pytest.raises(UsageError, match="allocation query_heads needs statistics, and the loaded model"):
         make_plan(statistics, **demand)
     calibration = Calibration.from_ids(IDS)
-    with pytest.raises(UsageError, match="prices by criterion curvature, and these statistics are for taylor"):
+    with pytest.raises(UsageError, match="requires criterion curvature, and the statistics are for taylor"):
         make_plan(collect_statistics(model, calibration, criterion="taylor"), model=model, **demand)
     with pytest.raises(UsageError, match="allocation query_heads needs statistics with moments"):
         make_plan(collect_statistics(model, calibration, moments=False), model=model, **demand)

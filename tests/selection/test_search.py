@@ -89,8 +89,8 @@ def test_a_masked_candidate_is_the_pruned_model() -> None:
     ids = statistics.calibration.held_out
     candidate = _Candidate(model, statistics, make_budget(demand, statistics.source))
     for index, kept in enumerate(plan.layers):
-        candidate.place((index, "attention"), 4 - len(kept.kv_groups))
-        candidate.place((index, "mlp"), 24 - len(kept.ffn_channels))
+        candidate.mask((index, "attention"), 4 - len(kept.kv_groups))
+        candidate.mask((index, "mlp"), 24 - len(kept.ffn_channels))
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, pruned(ids).logits, rtol=1e-4, atol=1e-5)
         # a vocabulary of 48 lies within the top: the divergence is the whole one
@@ -117,6 +117,6 @@ def test_an_overflow_is_named_and_the_model_comes_back() -> None:
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.inf)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(WorkError, match="not a number"):
+    with pytest.raises(WorkError, match="from the dense model is nan"):
         make_plan(statistics, model=model, backbone_ratio=0.3, allocation="search")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
