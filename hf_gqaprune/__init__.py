@@ -1,13 +1,14 @@
 """Structured pruning of Llama-family checkpoints by whole KV groups and FFN channels.
 
-Importing the package registers the config and model classes with transformers' Auto classes; everything else is imported
-when it is first used.
+Importing the package imports neither torch nor transformers, and yet the Auto classes of transformers know the pruned Llama,
+whichever of both is imported first.
 """
 
 from pathlib import Path
 
 import lazy_loader
 
+from .models.auto import register
 from .version import __version__ as __version__
 
 if (_root := Path(__file__).parents[1]).joinpath("pyproject.toml").is_file():
@@ -15,7 +16,5 @@ if (_root := Path(__file__).parents[1]).joinpath("pyproject.toml").is_file():
     __path__.append(str(_root))
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-
-from .models import register  # noqa: E402
 
 register()

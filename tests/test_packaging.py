@@ -78,9 +78,9 @@ def test_a_source_tree_is_whole_where_python_finds_it_first(installed, tmp_path)
     assert python(code, tmp_path, PYTHONPATH=str(installed)).strip() == str(tmp_path / "trainer" / "recovery.py")
 
 
-def test_importing_loads_the_model_classes_only(tmp_path):
+def test_importing_loads_nothing_heavy(tmp_path):
     code = "import sys, hf_gqaprune; print([n for n in sys.argv[1:] if n in sys.modules] or 'none')"
-    heavy = "('evaluate', 'trl', 'peft', 'torch_pruning', 'datasets', 'lm_eval', 'matplotlib')"
+    heavy = "('torch', 'transformers', 'evaluate', 'trl', 'peft', 'torch_pruning', 'datasets', 'lm_eval', 'matplotlib')"
     code = code.replace("sys.argv[1:]", heavy)
     assert python(code, tmp_path).strip() == "none"
 

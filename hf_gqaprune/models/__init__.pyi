@@ -30,7 +30,6 @@ from .modeling_pruned_llama import PrunedLlamaForQuestionAnswering as PrunedLlam
 from .modeling_pruned_llama import PrunedLlamaForSequenceClassification as PrunedLlamaForSequenceClassification
 from .modeling_pruned_llama import PrunedLlamaForTokenClassification as PrunedLlamaForTokenClassification
 from .modeling_pruned_llama import PrunedLlamaModel as PrunedLlamaModel
-from .modeling_pruned_llama import register as register
 from .shapes import Cost as Cost
 from .shapes import Key as Key
 from .shapes import LayerShape as LayerShape

@@ -1,4 +1,7 @@
-"""Configuration of a Llama whose layers have sizes of their own."""
+"""Configure a Llama whose layers have sizes of their own.
+
+Shipped with every checkpoint: imports nothing of ours.
+"""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,6 +11,15 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
+#: Auto class -> `file.Class`, as config.json says it
+AUTO_MAP = {
+    "AutoConfig": "configuration_pruned_llama.PrunedLlamaConfig",
+    "AutoModel": "modeling_pruned_llama.PrunedLlamaModel",
+    "AutoModelForCausalLM": "modeling_pruned_llama.PrunedLlamaForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_pruned_llama.PrunedLlamaForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_pruned_llama.PrunedLlamaForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_pruned_llama.PrunedLlamaForQuestionAnswering",
+}
 _SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 _BLOCKS = ("attention", "mlp")
 
@@ -182,3 +194,6 @@ def _near(name: Any, allowed: Sequence[str]) -> str:
 
 
 __all__ = ["PrunedLlamaConfig"]
+
+# save_pretrained then ships this file
+PrunedLlamaConfig.register_for_auto_class()

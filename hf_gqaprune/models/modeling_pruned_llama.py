@@ -1,4 +1,7 @@
-"""Llama whose layers have sizes of their own: stock Llama modules, each built from the config of its layer."""
+"""Build a Llama whose layers have sizes of their own from stock Llama modules, each with the config of its layer.
+
+Shipped with every checkpoint: imports nothing of ours but `configuration_pruned_llama`, the file beside it.
+"""
 
 import json
 import os
@@ -27,17 +30,9 @@ from transformers.models.llama.modeling_llama import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, cached_file
 
-from .configuration_pruned_llama import PrunedLlamaConfig
+from .configuration_pruned_llama import AUTO_MAP, PrunedLlamaConfig
 
 PLAN_FILE = "prune_plan.json"
-AUTO_MAP = {
-    "AutoConfig": "configuration_pruned_llama.PrunedLlamaConfig",
-    "AutoModel": "modeling_pruned_llama.PrunedLlamaModel",
-    "AutoModelForCausalLM": "modeling_pruned_llama.PrunedLlamaForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_pruned_llama.PrunedLlamaForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_pruned_llama.PrunedLlamaForTokenClassification",
-    "AutoModelForQuestionAnswering": "modeling_pruned_llama.PrunedLlamaForQuestionAnswering",
-}
 
 
 class PrunedLlamaDecoderLayer(GradientCheckpointingLayer):
@@ -208,15 +203,7 @@ __all__ = [
     "PrunedLlamaPreTrainedModel",
 ]
 
-
-def register() -> None:
-    """Make the Auto classes know these classes, and `save_pretrained` ship this file and the configuration's."""
-    import transformers
-
-    PrunedLlamaConfig.register_for_auto_class()
-    transformers.AutoConfig.register(PrunedLlamaConfig.model_type, PrunedLlamaConfig, exist_ok=True)
-    for auto_name, path in AUTO_MAP.items():
-        if auto_name != "AutoConfig":
-            model_class = globals()[path.rpartition(".")[2]]
-            model_class.register_for_auto_class(auto_name)
-            getattr(transformers, auto_name).register(PrunedLlamaConfig, model_class, exist_ok=True)
+for _auto_class, _path in AUTO_MAP.items():
+    if _auto_class != "AutoConfig":
+        # save_pretrained then ships this file and the configuration's
+        globals()[_path.rpartition(".")[2]].register_for_auto_class(_auto_class)

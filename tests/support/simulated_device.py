@@ -160,7 +160,7 @@ def compare(folder: Path) -> None:
         model = resolve_model("demo").load(torch.float32)
         model.save_pretrained(dense)
         known = gp.collect_statistics(model, windows)
-        plan, with_biases = (gp.make_plan(known, backbone_ratio=0.3, bias=bias) for bias in (False, True))
+        plan, with_biases = (gp.make_plan(known, backbone_ratio=0.3, compensation=how) for how in ("none", "bias"))
         for (name, found), (_, wanted) in zip(everything(SIM), everything(CPU), strict=True):
             close(name, found, wanted)
         for name, found, wanted in over_two_devices(dense, windows, plan):
