@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models import DecoderInputs
+from ..models import BLOCK_MODULES, DecoderInputs
 
 #: what a block is fitted with unless said otherwise
 LEARNING_RATE = 3e-3
 EPOCHS = 4
-_BLOCKS = (("self_attn", "input_layernorm"), ("mlp", "post_attention_layernorm"))
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ def reconstruct(
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for index, layer in enumerate(walk.decoder.layers):
-        for name, norm in _BLOCKS:
-            before, after = walk.fit(index, layer, name, norm, learning_rate, epochs, generator)
+        for kind, (name, _) in BLOCK_MODULES.items():
+            before, after = walk.fit(index, layer, kind, learning_rate, epochs, generator)
             if after is not None:
                 losses.append(BlockLoss(index, name, before, after))
     return losses
@@ -84,17 +83,18 @@ class _Walk:
             self.target = self._map(self.dense_decoder.embed_tokens, ids, self.dense_decoder)
 
     def fit(
-        self, index: int, layer: Any, name: str, norm: str, rate: float, epochs: int, generator: torch.Generator
+        self, index: int, layer: Any, kind: str, rate: float, epochs: int, generator: torch.Generator
     ) -> tuple[float, float | None]:
         """Fit one block and move both streams past it; `(before, after)`, the latter None where nothing trains."""
         dense_layer = self.dense_decoder.layers[index]
-        run_dense = self._block(dense_layer, name, norm, self.dense_decoder)
+        run_dense = self._block(dense_layer, kind, self.dense_decoder)
         with torch.no_grad():
             self.target = self._map(run_dense, self.target, self.dense_decoder)
-        if getattr(layer, name) is None:
+        block = getattr(layer, BLOCK_MODULES[kind][0])
+        if block is None:
             return 0.0, None
-        run = self._block(layer, name, norm, self.decoder)
-        trained = [p for p in getattr(layer, name).parameters() if p.requires_grad]
+        run = self._block(layer, kind, self.decoder)
+        trained = [p for p in block.parameters() if p.requires_grad]
         before = after = None
         if trained:
             start = [parameter.detach().clone() for parameter in trained]
@@ -141,22 +141,14 @@ class _Walk:
             square += float(wanted.square().sum())
         return total / square
 
-    def _block(self, layer: Any, name: str, norm: str, decoder: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-        """`hidden + block(norm(hidden))` of one layer; the identity where it has no such block."""
+    def _block(self, layer: Any, kind: str, decoder: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return `hidden + block(norm(hidden))` of one layer as a function; the identity if it has no such block."""
+        name, norm_name = BLOCK_MODULES[kind]
         block = getattr(layer, name)
         if block is None:
             return lambda hidden: hidden
-        normalise = getattr(layer, norm)
-        if name == "mlp":
-            return lambda hidden: hidden + block(normalise(hidden))
-
-        def attend(hidden: torch.Tensor) -> torch.Tensor:
-            decoder_inputs = self.decoder_inputs[decoder]
-            mask = decoder_inputs.mask(hidden, decoder.config)
-            attended = block(normalise(hidden), position_embeddings=decoder_inputs.rope, attention_mask=mask)
-            return hidden + attended[0]
-
-        return attend
+        norm, run = getattr(layer, norm_name), self.decoder_inputs[decoder].run_block
+        return lambda hidden: hidden + run(kind, block, norm(hidden), decoder.config)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor], values: torch.Tensor, decoder: Any) -> torch.Tensor:
         dtype = decoder.embed_tokens.weight.dtype

@@ -15,7 +15,7 @@ from torch import nn
 from ..data import Calibration, refit_batches
 from ..errors import WorkError
 from ..linalg import cholesky_, exact_products, factors_of_products, gram_strips, mirror_, product, ridge_term, solve_
-from ..models import DecoderInputs
+from ..models import BLOCK_MODULES, KINDS, DecoderInputs
 from ..utils import distributed
 
 logger = logging.getLogger(__name__)
@@ -25,10 +25,8 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 _SKETCH = 512
 #: rows converted or multiplied at once
 _ROWS = 512
-_BLOCKS = {
-    "attention": ("self_attn", "input_layernorm", ("q_proj", "k_proj", "v_proj"), "o_proj"),
-    "mlp": ("mlp", "post_attention_layernorm", ("gate_proj", "up_proj"), "down_proj"),
-}
+#: block kind -> its input projections and its output projection
+_LINEARS = {"attention": (("q_proj", "k_proj", "v_proj"), "o_proj"), "mlp": (("gate_proj", "up_proj"), "down_proj")}
 
 
 @dataclass
@@ -140,7 +138,7 @@ def refit_on_pruned_prefix(model: Any, pruned: Any, calibration: Calibration) ->
         if some is None:
             continue
         streams.to(some.device)
-        for kind in _BLOCKS:
+        for kind in KINDS:
             streams.refit_block(index, kind, dense_layer, layer)
     return streams.ridges
 
@@ -196,7 +194,7 @@ class ResidualStreams:
     def refit_block(self, index: int, kind: str, dense_layer: Any, layer: Any) -> None:
         """Refit one block if the streams or its sizes differ, and advance both streams past it."""
         self._block = index, kind
-        name, norm, inputs, output = _BLOCKS[kind]
+        (name, norm), (inputs, output) = BLOCK_MODULES[kind], _LINEARS[kind]
         if getattr(dense_layer, name) is None:
             return
         dense_block, dense_norm = getattr(dense_layer, name), getattr(dense_layer, norm)
@@ -218,10 +216,7 @@ class ResidualStreams:
         self.dense = targets
 
     def _run(self, kind: str, block: nn.Module, hidden: torch.Tensor, which: int) -> torch.Tensor:
-        if kind == "mlp":
-            return block(hidden)
-        mask = self.inputs.mask(hidden, self.configs[which])
-        return block(hidden_states=hidden, position_embeddings=self.inputs.rope, attention_mask=mask)[0]
+        return self.inputs.run_block(kind, block, hidden, self.configs[which])
 
     def _fit_inputs(
         self, dense_block: Any, dense_norm: nn.Module, block: Any, norm: nn.Module, names: Sequence[str]

@@ -1,3 +1,4 @@
+from .blocks import BLOCK_MODULES as BLOCK_MODULES
 from .blocks import KINDS as KINDS
 from .blocks import OUTPUT_PROJECTION as OUTPUT_PROJECTION
 from .build import assemble as assemble

@@ -54,6 +54,15 @@ class DecoderInputs:
         )
         return output
 
+    def run_block(self, kind: str, block: nn.Module, hidden: torch.Tensor, config: Any = None) -> torch.Tensor:
+        """Return the output of the attention or FFN `block` for normalised hidden states `(windows, seq_len, hidden)`."""
+        if kind == "mlp":
+            output: torch.Tensor = block(hidden)
+        else:
+            mask = self.mask(hidden, config)
+            output = block(hidden_states=hidden, position_embeddings=self.rope, attention_mask=mask)[0]
+        return output
+
 
 @contextmanager
 def materialized(layer: nn.Module, state: dict[str, torch.Tensor]) -> Iterator[None]:
