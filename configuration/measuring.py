@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from .settings import Settings, at_least, setting, settings
+from .settings import Dtype, Settings, at_least, setting, settings
 
 _DATA = "wikitext2, ptb, demo, a text file, or a dataset id"
 
@@ -43,4 +43,7 @@ class EvaluationConfig(Settings):
     limit: int | None = setting(default=None, help="only N examples of each task", check=at_least(1))
     device: str | None = setting(
         default=None, help="cpu, cuda, cuda:N, or auto for all GPUs (default: all GPUs, if any)", metavar="D"
+    )
+    dtype: Dtype | None = setting(
+        default=None, help="dtype to compute in (default: as stored, or float32 where that is faster)", metavar="T"
     )

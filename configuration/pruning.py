@@ -3,7 +3,7 @@
 from typing import ClassVar, Literal
 
 from ..errors import UsageError
-from .settings import Settings, at_least, between, fraction, setting, settings
+from .settings import Dtype, Settings, at_least, between, fraction, setting, settings
 
 Criterion = Literal[
     "curvature", "taylor", "taylor_unit", "taylor_signed", "wanda", "flap", "magnitude", "magnitude_l1", "random"
@@ -89,6 +89,10 @@ class PruningConfig(Settings):
     )
     device: str | None = setting(
         default=None, help="cpu, cuda, cuda:N, or auto for all GPUs (default: the first GPU, if any)", metavar="D"
+    )
+
+    dtype: Dtype | None = setting(
+        default=None, help="dtype to compute in (default: as stored, or float32 where that is faster)", metavar="T"
     )
 
     def validate_budget(self) -> None:

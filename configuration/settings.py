@@ -12,6 +12,9 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import UsageError, unknown
 
+#: dtypes that a model can be computed in
+Dtype = Literal["float32", "bfloat16", "float16"]
+
 C = TypeVar("C")
 Check = Callable[[Any], None]
 

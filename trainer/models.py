@@ -11,6 +11,7 @@ from torch import nn
 from ..checkpoint import ModelFolder
 from ..configuration import RecoveryConfig
 from ..errors import UsageError, unknown
+from ..utils import compute_dtype, select_device
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -30,8 +31,9 @@ def training_dtype(folder: ModelFolder, config: RecoveryConfig) -> torch.dtype:
 
 
 def computable_dtype(folder: ModelFolder) -> torch.dtype:
-    """The dtype on disk, float32 for float16."""
-    return torch.float32 if folder.dtype == torch.float16 else folder.dtype
+    """Choose the dtype to run the weights in: as stored, float32 for float16 and where that is faster."""
+    dtype = compute_dtype(folder.dtype, select_device(None))
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def autocast_bf16() -> bool:

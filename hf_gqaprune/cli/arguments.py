@@ -21,7 +21,7 @@ from ..errors import UsageError
 from .flags import add_flags
 
 #: fields of `PruningConfig` that say how the work is done, not what is removed
-HOW = ("memory", "device")
+HOW = ("memory", "device", "dtype")
 _BUDGET = ("ratio", "backbone_ratio", "rates")
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoint import (
     LOG_FILE,
     ModelFolder,
@@ -21,7 +23,7 @@ from ..data import Text, token_ids
 from ..errors import UsageError
 from ..models import PLAN_FILE
 from ..plan import PruningPlan
-from ..utils import memory_limit, refuse_existing, select_device
+from ..utils import compute_dtype, memory_limit, refuse_existing, select_device
 from .perplexity import PerplexityResult, evaluate_perplexity, window
 from .report import Report, Stage, count_parameters, versions
 from .tasks import evaluate_tasks
@@ -65,7 +67,8 @@ def measure(
     device = select_device(config.device)
     for name, folder in models.items():
         with memory_limit(device, hint):
-            model = folder.load(device=config.device)
+            dtype = getattr(torch, config.dtype) if config.dtype else compute_dtype(folder.dtype, device)
+            model = folder.load(dtype, config.device)
             results = tuple(
                 evaluate_perplexity(
                     model, folder.tokenizer, text, seq_len=seq_len, stride=config.stride, drop_tail=config.drop_tail

@@ -95,7 +95,8 @@ def prune_bounded(prepared: Prepared, output: str | Path, *, overwrite: bool, re
         with timed("pruning"), _bounded(prepared):
             prune_checkpoint(
                 prepared.source, plan, target, moments,
-                compensation=compensation, overwrite=overwrite, resume=resume, device=prepared.device, spare=_spare(prepared),
+                compensation=compensation, overwrite=overwrite, resume=resume, device=prepared.device,
+                dtype=prepared.dtype, spare=_spare(prepared),
                 known=record(prepared),
             )  # fmt: skip
     return plan
@@ -153,7 +154,7 @@ def _streamed(prepared: Prepared, working: Path, *, overwrite: bool, resume: boo
     """Measure into `working`, or take what an interrupted call has measured there; until the block ends it is this call's."""
     source, seed, device = prepared.source, prepared.request.seed, prepared.device
     criterion = prepared.criterion_to_measure
-    inputs = statistics_inputs(source, prepared.calibration, criterion, seed, device)
+    inputs = statistics_inputs(source, prepared.calibration, criterion, seed, device, prepared.dtype)
     done = working / "statistics"
     with resume_or_start(working, resume, overwrite, inputs) as noted:
         write_json(working / PROGRESS, noted)
@@ -162,7 +163,7 @@ def _streamed(prepared: Prepared, working: Path, *, overwrite: bool, resume: boo
             with timed("statistics"), _bounded(prepared):
                 stream_statistics(
                     source, prepared.calibration, done,
-                    criterion=criterion, seed=seed, resume=True, device=device, spare=_spare(prepared),
+                    criterion=criterion, seed=seed, resume=True, device=device, dtype=prepared.dtype, spare=_spare(prepared),
                 )  # fmt: skip
         yield Statistics.load(done)
 

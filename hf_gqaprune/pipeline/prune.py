@@ -55,8 +55,12 @@ def decide(prepared: Prepared, model: PreTrainedModel) -> tuple[PruningPlan, Sta
 
 
 def _loaded(prepared: Prepared) -> PreTrainedModel:
-    """Load the model where the request wants it."""
-    return prepared.source.load(device=AUTO if prepared.request.pruning.device == AUTO else prepared.device)
+    """Load the model where, and in the dtype that, it is computed with."""
+    device = AUTO if prepared.request.pruning.device == AUTO else prepared.device
+    model = prepared.source.load(prepared.dtype, device)
+    # sizes in bytes are those of the checkpoint
+    model.config.dtype = prepared.source.dtype
+    return model
 
 
 def plan_model(
@@ -143,7 +147,7 @@ def prune_model(
         with timed("writing"), new_folder(output, overwrite) as scratch:
             whole = PruningPlan.from_dict(pruned.prune_plan)
             known = {"plan_hash": whole.hash(), "base_fingerprint": fingerprint(source), **record(prepared)}
-            write_checkpoint(pruned, source.path, scratch, **known)
+            write_checkpoint(pruned.to(source.dtype), source.path, scratch, **known)
     distributed.barrier()
     return plan
 

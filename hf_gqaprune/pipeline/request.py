@@ -16,7 +16,7 @@ from ..plan import PruningPlan
 from ..selection import Budget, check_budget
 from ..statistics import CRITERIA, Statistics
 from ..streaming import Layers, Workload, check_gpu_memory, check_memory_bound
-from ..utils import AUTO, distributed, parse_size, select_device
+from ..utils import AUTO, compute_dtype, distributed, parse_size, select_device
 
 #: the criterion that is measured for a saved plan, which needs no curves, only the moments of a refit
 FOR_REFITTING = "magnitude"
@@ -27,6 +27,7 @@ class Prepared:
     """A request whose every part was found to make sense, before any weight was read.
 
     Attributes:
+        dtype: what is computed in; the result has the dtype of `source`.
         source: the model that is pruned, its parts opened once.
         criterion: what units are ranked by.
         budget: what is removed; None for a saved plan.
@@ -36,6 +37,7 @@ class Prepared:
 
     request: PruneRequest
     device: torch.device
+    dtype: torch.dtype
     source: ModelFolder
     criterion: str
     budget: Budget | None
@@ -51,7 +53,7 @@ class Prepared:
 
     def selection(self) -> PruningConfig:
         """Return what `make_plan` takes of the request."""
-        return replace(self.request.pruning, memory=None, device=None)
+        return replace(self.request.pruning, memory=None, device=None, dtype=None)
 
 
 def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
@@ -81,7 +83,8 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
     shape = ModelShape.from_config(source.config)
     scored = pruning.method in ("layer_importance", "search") and not replayed
     reads_weights = not (planning_only and criterion == "random") or scored
-    layers = Layers(source) if reads_weights else None
+    dtype = getattr(torch, pruning.dtype) if pruning.dtype else compute_dtype(source.dtype, device)
+    layers = Layers(source, device, dtype) if reads_weights else None
     plan = budget = None
     if request.plan is not None:
         plan = PruningPlan.load(request.plan)
@@ -118,7 +121,7 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
         )
         spare = check_memory_bound(work, pruning.memory)
     calibration = sample_windows(source.tokenizer, texts, samples, seq_len, request.seed) if draws else None
-    return Prepared(request, device, source, criterion, budget, plan, statistics, calibration, spare)
+    return Prepared(request, device, dtype, source, criterion, budget, plan, statistics, calibration, spare)
 
 
 def record(prepared: Prepared) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def make_plan(
         statistics: removal curves of a calibration pass; without them `model` is needed and a criterion that needs no
             calibration (`magnitude`, `magnitude_l1`, `random`).
         config: how much to remove and from where, or None and its `fields`: `make_plan(statistics, ratio=0.2)`. Of
-            `compensation` only `bias` matters here, whose biases count; `memory` and `device` belong to whole commands.
+            `compensation` only `bias` matters here, whose biases count; `memory`, `device` and `dtype` belong to commands.
         model: without statistics: a model, or a path or Hub id to load one from; `random` needs no weights and takes one
             on the meta device. With allocation `search` or `query_heads`: the model that was measured, left as it was.
         layer_scores: with allocation `layer_importance`: importance per layer, from `layer_importance.measure_layers`.
@@ -52,8 +52,8 @@ def make_plan(
             settings of another allocation; layers that the model does not have.
     """
     config = PruningConfig(**fields) if config is None else replace(config, **fields)
-    if config.memory is not None or config.device is not None:
-        raise UsageError("memory and device are settings of prune_model and plan_model; make_plan computes where the model is")
+    if any(value is not None for value in (config.memory, config.device, config.dtype)):
+        raise UsageError("memory, device and dtype belong to plan_model and prune_model: make_plan takes a model as it is")
     if (config.method == "layer_importance") != (layer_scores is not None):
         raise UsageError("allocation='layer_importance' requires layer_scores from measure_layers, and vice versa")
     if config.method in MEASURING and (statistics is None or model is None or isinstance(model, (str, os.PathLike))):

@@ -25,13 +25,16 @@ class Layers:
         folder: of the checkpoint.
         config: of the model.
         checkpoint: reader of the tensors on disk.
-        dtype: of the loaded weights, see `ModelFolder.dtype`.
+        dtype: of the loaded weights.
         stored_itemsize: bytes of a weight on disk, of the widest.
         device: where they are used.
     """
 
-    def __init__(self, folder: ModelFolder, device: torch.device = CPU) -> None:
+    def __init__(self, folder: ModelFolder, device: torch.device = CPU, dtype: torch.dtype | None = None) -> None:
         """Check that `folder` holds the tensors its config asks for; only headers are read.
+
+        Args:
+            dtype: to compute in; None as the weights are stored, see `ModelFolder.dtype`.
 
         Raises:
             UsageError: quantized weights, no whole safetensors checkpoint, tensors that are missing or of other shapes.
@@ -47,7 +50,7 @@ class Layers:
         _check_tensors(folder, self.checkpoint, self._model)
         floats = [stored for stored in self.checkpoint.tensors.values() if stored.dtype in FLOATS]
         self.stored_itemsize = max(stored.dtype.itemsize for stored in floats)
-        self.dtype = folder.dtype
+        self.dtype = dtype or folder.dtype
         self._stack = ExitStack()
 
     def __enter__(self) -> Layers:

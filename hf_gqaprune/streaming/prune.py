@@ -64,6 +64,7 @@ def prune_checkpoint(
     overwrite: bool = False,
     resume: bool = False,
     device: torch.device = CPU,
+    dtype: torch.dtype | None = None,
     spare: int = 0,
     known: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -86,7 +87,8 @@ def prune_checkpoint(
         resume: go on after the last layer that an interrupted call with the same arguments finished, or from the first where
             its activations were in memory; begin where there was none. What it wrote is hashed again, and written again
             where it differs.
-        device: where weights are re-fitted; without compensation nothing is computed.
+        device: where weights are refitted; without compensation nothing is computed.
+        dtype: to compute in; None as the weights are stored, which the result is in any case.
         spare: as in `stream_statistics`.
         known: for `gqaprune.json`, over what that of `model` says.
 
@@ -110,7 +112,7 @@ def prune_checkpoint(
     folder = resolve_model(model)
     refuse_overwriting_inputs(target, [folder, *([statistics.folder] if statistics and statistics.folder else [])])
     plan.check_model(folder.config)
-    layers = Layers(folder, device)
+    layers = Layers(folder, device, dtype)
     checkpoint = layers.checkpoint
     pruned = _pruned_model(folder, plan)
     working = working_folder(target)
@@ -122,7 +124,7 @@ def prune_checkpoint(
         "max_shard_size": sha256(sorted(writer.files.items())),
         "compensation": compensation,
         "statistics": sha256(refitted and refitted.identity()),
-        "device": sha256(refitted and device.type),
+        "device": sha256(refitted and (device.type, str(layers.dtype))),
     }
     walked = refitted.calibration if refitted else None
     streams = 0
@@ -137,7 +139,7 @@ def prune_checkpoint(
             _resume(checkpoint, writer, noted)
             refit = Refit(layers, pruned, refitted, working, spare) if refitted else None
             steps = _steps(plan, checkpoint, writer)
-            _stream(_Surgery(checkpoint, writer, plan, layers.dtype, steps, refit), working / PROGRESS, noted)
+            _stream(_Surgery(checkpoint, writer, plan, folder.dtype, steps, refit), working / PROGRESS, noted)
             writer.sync()
         _write_around(pruned, folder.path, whole, checkpoint, writer, known or {})
         for name in writer.files:
@@ -188,7 +190,7 @@ class _Surgery:
                 cuts = _cuts(prefix, kept, units)
             else:
                 for name, tensor in self.refit.layer(step.layer, kept, units).items():
-                    self.writer.write(prefix + name, [to_host(tensor)])
+                    self.writer.write(prefix + name, [to_host(tensor.to(self.dtype))])
         for name in step.reads:
             if name in self.checkpoint.digests:
                 continue  # the layer was re-fitted from it

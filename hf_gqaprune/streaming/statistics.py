@@ -68,6 +68,7 @@ def stream_statistics(
     overwrite: bool = False,
     resume: bool = False,
     device: torch.device = CPU,
+    dtype: torch.dtype | None = None,
     spare: int = 0,
 ) -> Statistics:
     """`collect_statistics(model, calibration, criterion=criterion)` without loading the model, bit for bit on the CPU.
@@ -87,6 +88,7 @@ def stream_statistics(
         resume: go on after the last layer that an interrupted call with the same arguments finished, or from the first where
             its activations were in memory.
         device: where each layer is while it is measured; two devices round differently.
+        dtype: to compute in; None as the weights are stored.
         spare: bytes of a GPU's memory that activations may take beside the rest.
 
     Returns:
@@ -109,11 +111,11 @@ def stream_statistics(
     if calibration is not None and calibration.ids.shape[1] > config.max_position_embeddings:
         limit = config.max_position_embeddings
         raise UsageError(f"windows of {calibration.ids.shape[1]} tokens are longer than the {limit} positions of {folder}")
-    layers = Layers(folder, device)
+    layers = Layers(folder, device, dtype)
     if calibration is not None:
         check_tokens(calibration, source)
     working = working_folder(target)
-    made = statistics_inputs(folder, calibration, criterion, seed, device)
+    made = statistics_inputs(folder, calibration, criterion, seed, device, dtype)
     needed = statistics_disk_bytes(source, layers.dtype, calibration, CRITERIA[criterion], memory_capacity(device, spare))
     with resume_or_start(working, resume, overwrite, made) as noted, resumable(working):
         check_disk_space(working, needed, "the statistics and activations")
@@ -156,14 +158,19 @@ def statistics_disk_bytes(
 
 
 def statistics_inputs(
-    folder: ModelFolder, calibration: Calibration | None, criterion: str, seed: int, device: torch.device
+    folder: ModelFolder,
+    calibration: Calibration | None,
+    criterion: str,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype | None,
 ) -> dict[str, str]:
     """What the statistics of a model depend on, as `unfinished.begun` compares it."""
     return {
         "model": folder.stat_hash,
         "calibration": sha256(calibration and calibration.ids.tolist()),
         "criterion": f"{criterion} {seed}",
-        "device": device.type,
+        "device": f"{device.type} {dtype or folder.dtype}",
     }
 
 

@@ -1,6 +1,7 @@
 from . import distributed as distributed
 from .device import AUTO as AUTO
 from .device import CPU as CPU
+from .device import compute_dtype as compute_dtype
 from .device import dispatch as dispatch
 from .device import memory_limit as memory_limit
 from .device import select_device as select_device
