@@ -58,7 +58,8 @@ def prune(
 
     Returns:
         The pruned model in eval mode, on the device of `model`, or over those that a `device_map` put it on, with
-        `prune_plan` set (composed with the plan that `model` itself was pruned by, if any).
+        `prune_plan` set (composed with the plan that `model` itself was pruned by, if any) and `compensation_record`: the
+        ridges that were chosen.
 
     Raises:
         UsageError: a plan for a model of other sizes; statistics that are missing, without moments or of another model.
@@ -90,9 +91,10 @@ def prune(
     previous = getattr(model, "prune_plan", None)
     whole = PruningPlan.from_dict(previous).compose(plan) if previous else plan
     pruned.prune_plan = whole.to_dict()
+    pruned.compensation_record = {}
     if walked is not None:
         with eval_without_grad(model):
-            refit_on_pruned_prefix(model, pruned, walked)
+            pruned.compensation_record = {"ridges": refit_on_pruned_prefix(model, pruned, walked)}
             if compensation == "natural_gradient":
                 natural_gradient_steps(model, pruned, walked)
     if inplace:

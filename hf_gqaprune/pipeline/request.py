@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Prepared:
         budget: what is removed; None for a saved plan.
         calibration: windows to measure on; None where nothing is measured, or saved statistics hold them.
         spare: bytes of a bound on memory that the work leaves.
+        seconds: of the stages that are done.
     """
 
     request: PruneRequest
@@ -45,6 +46,7 @@ class Prepared:
     statistics: Statistics | None
     calibration: Calibration | None
     spare: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def criterion_to_measure(self) -> str:

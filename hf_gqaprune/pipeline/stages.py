@@ -11,8 +11,11 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def timed(stage: str) -> Iterator[None]:
-    """Log at INFO how many seconds `stage` takes."""
+def timed(stage: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
+    """Log at INFO how many seconds `stage` takes, and note it in `seconds`."""
     start = time.perf_counter()
     yield
-    logger.info("%s: %.1f s", stage, time.perf_counter() - start)
+    taken = round(time.perf_counter() - start, 1)
+    logger.info("%s: %.1f s", stage, taken)
+    if seconds is not None:
+        seconds[stage] = taken

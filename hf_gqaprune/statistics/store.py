@@ -19,7 +19,7 @@ from ..models import KINDS, OUTPUT_PROJECTION, LayerShape, ModelShape
 from ..utils import CPU, new_folder, save_tensors, to_host, write_json
 from .moments import Curve, Moments
 
-VERSION = 3
+VERSION = 4
 #: rows per strip of a stored symmetric matrix; a strip ends at its last diagonal element
 _STRIP = 256
 
@@ -104,8 +104,8 @@ class Statistics:
             block = self.blocks.get((layer, kind))
             if block and block.has_moments and block.weight not in (None, weight_digest(weights[f"{name}.weight"])):
                 raise UsageError(
-                    f"the statistics were collected on other weights than the model's, first in layer {layer}, {name} (or on "
-                    "the same in another dtype): collect them again"
+                    f"the statistics were collected on other weights than the model's, first in layer {layer}, {name}: "
+                    "collect them again"
                 )
 
     def identity(self) -> tuple[object, ...]:
@@ -163,8 +163,11 @@ class Statistics:
 
 
 def weight_digest(weight: torch.Tensor) -> str | None:
-    """Hash a weight, its dtype and its shape: 32 hex digits; None on the meta device."""
-    return None if weight.is_meta else digest(weight.dtype, tuple(weight.shape), [to_host(weight.detach())])
+    """Hash the values and the shape of a weight, alike in every dtype that holds them: 32 hex digits; None on meta."""
+    if weight.is_meta:
+        return None
+    wide = to_host(weight.detach()).to(torch.promote_types(weight.dtype, torch.float32))
+    return digest(wide.dtype, tuple(wide.shape), [wide])
 
 
 def block_file(folder: Path, layer: int, kind: str) -> Path:

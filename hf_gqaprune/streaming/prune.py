@@ -141,7 +141,8 @@ def prune_checkpoint(
             steps = _steps(plan, checkpoint, writer)
             _stream(_Surgery(checkpoint, writer, plan, folder.dtype, steps, refit), working / PROGRESS, noted)
             writer.sync()
-        _write_around(pruned, folder.path, whole, checkpoint, writer, known or {})
+        record = {"ridges": refit.streams.ridges} if refit and refit.streams else {}
+        _write_around(pruned, folder.path, whole, checkpoint, writer, {**(known or {}), **record})
         for name in writer.files:
             os.rename(working / name, whole / name)
         # another may have come by now

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..compensation import ResidualStreams
+from ..compensation import ChosenRidge, ResidualStreams
 from ..data import refit_batches
 from ..dependency_graph import UnitSlices
 from ..models import materialized
@@ -70,6 +70,8 @@ class Refit:
             dense = pruned = self.store.keep(self.layers.embedded(ids))
         inputs = self.layers.decoder_inputs(calibration.ids.shape[1])
         self.streams = ResidualStreams(dense, pruned, held_out, inputs, self.pruned.config, self.store.keep, differs)
+        if differs:
+            self.streams.ridges = [ChosenRidge(*ridge) for ridge in state["ridges"]]
         return found
 
     def layer(self, index: int, kept: LayerPlan, slices: UnitSlices) -> dict[str, torch.Tensor]:
@@ -88,7 +90,7 @@ class Refit:
                 new = dict(layer.state_dict())
             streams = {"dense": self.streams.dense, "pruned": self.streams.pruned}
             names = {key: stream.name for key, stream in streams.items() if isinstance(stream, StoredSequence)}
-            write_json(self._note(index + 1), {**names, "differs": self.streams.differs})
+            write_json(self._note(index + 1), {**names, "differs": self.streams.differs, "ridges": self.streams.ridges})
         return new
 
     def _read(self, index: int) -> dict[str, Moments]:

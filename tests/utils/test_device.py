@@ -14,7 +14,7 @@ from hf_gqaprune import Calibration, collect_statistics, make_plan, prune
 from hf_gqaprune.cli import main
 from hf_gqaprune.data.demo import demo_model_path as model_path
 from hf_gqaprune.errors import UsageError, WorkError
-from hf_gqaprune.utils.device import CPU, memory_limit, select_device
+from hf_gqaprune.utils.device import CPU, compute_dtype, memory_limit, select_device
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
@@ -79,3 +79,11 @@ def test_what_is_offloaded_is_told_before_it_is_measured(tmp_path: Path) -> None
     plan = make_plan(collect_statistics(whole, windows), backbone_ratio=0.2)
     with pytest.raises(UsageError, match="is offloaded"):
         prune(model, plan, compensation="none")
+
+
+def test_float16_is_never_computed_in_on_a_cpu_and_float32_stays() -> None:
+    assert compute_dtype(torch.float16, CPU) == torch.float32
+    assert compute_dtype(torch.float32, CPU) == torch.float32
+    # by measurement, once
+    assert compute_dtype(torch.bfloat16, CPU) in (torch.bfloat16, torch.float32)
+    assert compute_dtype(torch.bfloat16, CPU) == compute_dtype(torch.bfloat16, CPU)
