@@ -30,8 +30,8 @@ def check_materialized(model: nn.Module) -> None:
 
 @contextmanager
 def eval_without_grad(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode and no parameter with a gradient; both restored."""
-    was_training = model.training
+    """Put every module into eval mode and freeze every parameter; restore both, module by module."""
+    training = [module for module in model.modules() if module.training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     for parameter in trainable:
@@ -39,7 +39,8 @@ def eval_without_grad(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
         for parameter in trainable:
             parameter.requires_grad_(True)
 

@@ -79,6 +79,7 @@ def memory_limit(device: torch.device, hint: str, size: int | None = None) -> It
     bound = size if device.type == "cuda" else None
     if bound is not None:
         total = torch.cuda.get_device_properties(device).total_memory
+        before = torch.cuda.get_per_process_memory_fraction(device)
         torch.cuda.set_per_process_memory_fraction(min(1.0, bound / total), device)
     try:
         yield
@@ -87,7 +88,7 @@ def memory_limit(device: torch.device, hint: str, size: int | None = None) -> It
         raise WorkError(f"the memory of {device} is full ({reason}): {hint}") from error
     finally:
         if bound is not None:
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
+            torch.cuda.set_per_process_memory_fraction(before, device)
 
 
 def dispatch(model: Any, places: Mapping[str, int | str | torch.device]) -> None:

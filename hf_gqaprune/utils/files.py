@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,7 +122,8 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterato
     """
     target = refuse_existing(path, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    scratch = _scratch(target)
+    scratch.mkdir()
     try:
         yield scratch
         # another may have come by now
@@ -135,19 +136,15 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterato
 
 def replace_folder(folder: Path, target: Path) -> None:
     """Give `folder` the name `target` on the same disk; what was there goes, or comes back on an error."""
-    folder.chmod(0o777 & ~_umask())
     if not target.exists():
         os.rename(folder, target)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    aside = old / target.name
+    old = _scratch(target)
+    os.rename(target, old)
     try:
-        os.rename(target, aside)
         os.rename(folder, target)
     except BaseException:
-        if aside.exists():
-            os.rename(aside, target)
-        old.rmdir()
+        os.rename(old, target)
         raise
     shutil.rmtree(old)
 
@@ -156,12 +153,9 @@ def replace_folder(folder: Path, target: Path) -> None:
 def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary file beside `path`; it replaces `path` when the block ends without an error, else it is removed."""
     target = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
-    scratch = Path(name)
+    scratch = _scratch(target)
     try:
         yield scratch
-        scratch.chmod(0o666 & ~_umask())
         os.replace(scratch, target)
     except BaseException:
         scratch.unlink(missing_ok=True)
@@ -212,7 +206,6 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
         raise WorkError(f"cannot write {path}: {' '.join(str(error).split())}") from error
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _scratch(target: Path) -> Path:
+    """A hidden unused name beside `target`; unlike those of `tempfile`, what is made there gets the usual permissions."""
+    return target.with_name(f".{secrets.token_hex(8)}.{target.name}")

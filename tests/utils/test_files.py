@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hf_gqaprune import PruningPlan
 from hf_gqaprune.checkpoint import identity
 from hf_gqaprune.cli import main
 from hf_gqaprune.data.text import text_paths
+from hf_gqaprune.utils import new_folder, write_text
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it counts: one two three four five. " * 60
 SIZES = ("--samples", "8", "--seq-len", "32")
@@ -201,3 +203,18 @@ def test_paths_of_texts() -> None:
     assert text_paths(["books.txt=0.7", "wikitext2", "ORG/NAME:CONFIG", "a=b.txt"]) == [
         "books.txt", "wikitext2", "ORG/NAME", "a=b.txt",
     ]  # fmt: skip
+
+
+def test_permissions_follow_the_umask_which_is_never_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", None)
+            for _ in range(2):
+                write_text(tmp_path / "file", "text")
+                with new_folder(tmp_path / "folder", overwrite=True) as scratch:
+                    write_text(scratch / "config.json", '{"model_type": "llama"}')
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {"file": 0o640, "folder": 0o750, "config.json": 0o640}
