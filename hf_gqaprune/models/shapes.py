@@ -1,4 +1,4 @@
-"""TODO."""
+"""Describe the sizes of a Llama and compute its parameters, KV cache and FLOPs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def unit_parameters(shape: ModelShape) -> dict[Key, int]:
-    """Parameters of one KV group and of one FFN channel of every present block, biases included."""
+    """Return the parameters of one KV group or one FFN channel of every present block, biases included."""
     sizes: dict[Key, int] = {}
     for index, layer in enumerate(shape.layers):
         if layer.kv_heads:
-            rows = (layer.n_rep + 2) * layer.head_dim
-            weights = shape.hidden_size * (2 * layer.n_rep + 2) * layer.head_dim
-            sizes[index, "attention"] = weights + (rows if shape.attention_bias else 0)
+            heads = layer.n_rep * shape.query_head_parameters(layer)
+            sizes[index, "attention"] = heads + shape.kv_head_parameters(layer)
         if layer.ffn:
-            sizes[index, "mlp"] = 3 * shape.hidden_size + (2 if shape.mlp_bias else 0)
+            sizes[index, "mlp"] = shape.channel_parameters
     return sizes
 
 
@@ -76,20 +75,29 @@ class ModelShape:
             layers=layer_shapes(config),
         )
 
+    def query_head_parameters(self, layer: LayerShape) -> int:
+        """Return the parameters of one query head: rows of `q_proj` and their bias, columns of `o_proj`."""
+        return layer.head_dim * (2 * self.hidden_size + self.attention_bias)
+
+    def kv_head_parameters(self, layer: LayerShape) -> int:
+        """Return the parameters of one key head and one value head, biases included."""
+        return 2 * layer.head_dim * (self.hidden_size + self.attention_bias)
+
+    @property
+    def channel_parameters(self) -> int:
+        """Return the parameters of one FFN channel: rows of `gate_proj` and `up_proj`, column of `down_proj`."""
+        return 3 * self.hidden_size + 2 * self.mlp_bias
+
     def attention_parameters(self, layer: LayerShape) -> int:
-        """Parameters of the attention block of `layer`, its norm included (0 when absent)."""
+        """Return the parameters of the attention block of `layer`, its norm included (0 if absent)."""
         if not layer.kv_heads:
             return 0
-        rows = (layer.query_heads + 2 * layer.kv_heads) * layer.head_dim
-        weights = self.hidden_size * (rows + layer.query_heads * layer.head_dim)
-        return weights + self.hidden_size + (rows + self.hidden_size if self.attention_bias else 0)
+        heads = layer.query_heads * self.query_head_parameters(layer) + layer.kv_heads * self.kv_head_parameters(layer)
+        return heads + self.hidden_size * (1 + self.attention_bias)
 
     def mlp_parameters(self, layer: LayerShape) -> int:
-        """Parameters of the FFN of `layer`, its norm included (0 when absent)."""
-        if not layer.ffn:
-            return 0
-        bias = 2 * layer.ffn + self.hidden_size if self.mlp_bias else 0
-        return 3 * self.hidden_size * layer.ffn + self.hidden_size + bias
+        """Return the parameters of the FFN of `layer`, its norm included (0 if absent)."""
+        return layer.ffn * self.channel_parameters + self.hidden_size * (1 + self.mlp_bias) if layer.ffn else 0
 
     @property
     def cost(self) -> Cost:

@@ -18,7 +18,7 @@ class Budget:
     """What an allocation has to remove; its units are KV groups and lots of `lot` FFN channels, without kept layers.
 
     Attributes:
-        shape: sizes of the model.
+        shape: sizes of the model, with the biases that the plan adds.
         parameters: how many parameters to remove.
         unit: `{block: parameters of one unit}`.
         units: `{block: number of units}`.
@@ -108,7 +108,7 @@ def make_budget(config: PruningConfig, source: ModelShape) -> Budget:
         target = (config.ratio or 0.0) * cost.parameters
     added = grown.cost.parameters - cost.parameters
     share = None if config.attention_share is None else config.attention_share * target
-    budget = Budget(source, target + added - forced, unit, units, floor, rest, lot, spare, share)
+    budget = Budget(grown, target + added - forced, unit, units, floor, rest, lot, spare, share)
     if config.rates is None:
         _check_possible(config, budget, target, forced - added, kept)
     return budget

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,8 @@ from .rates import allocate_per_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 def make_plan(
@@ -66,7 +69,10 @@ def make_plan(
     inputs = AllocationInputs(statistics, model, config.rates or (), layer_scores or (), config.temperature)
     allocated = ALLOCATIONS[config.method](budget, inputs)
     name = describe(config, statistics.source)
-    plan = plan_of(statistics, budget.unpacked(allocated.removed), name, allocated.heads)
+    removed = budget.unpacked(allocated.removed)
+    for (index, kind), count in removed.items():
+        logger.info("layer %d %s: removes %d of %d units", index, kind, count, len(statistics.blocks[index, kind].curve.order))
+    plan = plan_of(statistics, removed, name, allocated.heads)
     return replace(plan, attention_bias=True, mlp_bias=True) if config.adds_biases else plan
 
 

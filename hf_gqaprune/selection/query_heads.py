@@ -146,11 +146,8 @@ def allocate_query_heads(
 
 def _freed_by_heads(budget: Budget, key: Key, option: QueryHeadOption) -> int:
     """Return the parameters of the query heads that `option` removes: rows of `q_proj`, columns of `o_proj`."""
-    shape = budget.shape.layers[key[0]]
-    removed = shape.query_heads - option.heads.numel()
-    # a group is `n_rep + 1` pairs of heads, and the bias of every row
-    bias = budget.unit[key] - 2 * (shape.n_rep + 1) * budget.shape.hidden_size * shape.head_dim
-    return removed * (2 * budget.shape.hidden_size * shape.head_dim + bias // (shape.n_rep + 2))
+    layer = budget.shape.layers[key[0]]
+    return (layer.query_heads - option.heads.numel()) * budget.shape.query_head_parameters(layer)
 
 
 def options_of(model: PreTrainedModel, statistics: Statistics, layers: set[int]) -> dict[int, list[QueryHeadOption]]:
