@@ -23,7 +23,7 @@ from .models import (
 )
 from .plan import LayerPlan, PruningPlan
 from .statistics import Moments, Statistics
-from .utils import CPU
+from .utils import CPU, track
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +75,7 @@ def prune(
     state = _outer_state(model, inplace)
     # the dense layers are what is fitted to, and stay as they are meanwhile
     walked = statistics.calibration if statistics and compensation in ("natural_gradient", "least_squares") else None
-    for index, kept in enumerate(plan.layers):
+    for index, kept in enumerate(track(plan.layers, "pruning", "layer")):
         layer = inner.layers[index]
         weights = dict(layer.state_dict())
         moments: dict[str, Moments] = {}

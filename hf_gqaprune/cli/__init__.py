@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     line = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in line
     try:
-        with _no_bars_in_logs():
+        with _no_bars_in_logs(), _told("--quiet" in line):
             _run(line)
     except UsageError as error:
         return _fail(error, 2, debug)
@@ -70,13 +71,35 @@ def make_parser() -> arguments.Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--quiet", action="store_true", help="show no progress, only results, warnings and errors")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, (add_arguments, function, text) in VERBS.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         add_arguments(command)
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+        command.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="show no progress")
         command.set_defaults(function=function)
     return parser
+
+
+@contextmanager
+def _told(quiet: bool) -> Iterator[None]:
+    """Write the library's warnings, and unless `quiet` its progress and the seconds of each stage, to stderr."""
+    package = logging.getLogger("hf_gqaprune")
+    # what is chosen for single matrices stays in the log of those who configure one
+    talking = [logging.getLogger(f"hf_gqaprune.{name}") for name in ("utils.progress", "pipeline.stages")]
+    before = [(logger, logger.level) for logger in talking]
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    package.addHandler(handler)
+    for logger in talking:
+        logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        for logger, level in before:
+            logger.setLevel(level)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from ..data import Calibration, refit_batches
 from ..errors import WorkError
 from ..linalg import cholesky_, exact_products, factors_of_products, gram_strips, mirror_, product, ridge_term, solve_
 from ..models import BLOCK_MODULES, KINDS, DecoderInputs
-from ..utils import distributed
+from ..utils import distributed, track
 
 logger = logging.getLogger(__name__)
 #: candidate ridges, ascending, relative to the mean diagonal
@@ -122,8 +122,6 @@ def refit_on_pruned_prefix(model: Any, pruned: Any, calibration: Calibration) ->
     Raises:
         WorkError: activations that are not finite, by layer and block.
     """
-    from tqdm.auto import tqdm
-
     embed = model.get_input_embeddings()
     fitted, held = (distributed.shard(windows) for windows in (calibration.fitted, calibration.held_out))
     ids, held_out = refit_batches(fitted, held, model.config.vocab_size, embed.weight.device)
@@ -133,7 +131,7 @@ def refit_on_pruned_prefix(model: Any, pruned: Any, calibration: Calibration) ->
     streams = ResidualStreams(hidden, hidden, held_out, inputs, pruned.config)
     dense_layers, pruned_layers = model.get_decoder().layers, pruned.get_decoder().layers
     pairs = list(zip(dense_layers, pruned_layers, strict=True))
-    for index, (dense_layer, layer) in enumerate(tqdm(pairs, desc="refitting", unit="layer", disable=None, leave=False)):
+    for index, (dense_layer, layer) in enumerate(track(pairs, "refitting", "layer")):
         some = next(dense_layer.parameters(), None)
         if some is None:
             continue

@@ -15,7 +15,7 @@ from ..errors import WorkError
 from ..linalg import add_gram_, exact_products, ridge_term
 from ..models import OUTPUT_PROJECTION, eval_without_grad
 from ..statistics import RIDGE
-from ..utils import CPU, distributed
+from ..utils import CPU, distributed, track
 
 #: maximum number of steps; each costs about as much as the calibration pass
 _STEPS = 5
@@ -208,8 +208,6 @@ def output_hooks(pruned: Any) -> list[_OutputHooks]:
 
 def _measure(fitted: Predictions, pruned: Any, seed: int, hooks: list[_OutputHooks]) -> None:
     """Run the pruned model over the fitted windows, with one backward pass per batch (two in the first call)."""
-    from tqdm.auto import tqdm
-
     device = fitted.head.weight.device
     generator = torch.Generator(device).manual_seed(seed + distributed.index())
     with ExitStack() as stack:
@@ -217,7 +215,7 @@ def _measure(fitted: Predictions, pruned: Any, seed: int, hooks: list[_OutputHoo
         for hook in hooks:
             hook.begin()
             hook.attach(stack)
-        bar = tqdm(fitted, total=len(fitted.batches), desc="correcting", unit="batch", disable=None, leave=False)
+        bar = track(fitted, "natural gradient", "batch", len(fitted.batches))
         for ids, log_probs in bar:
             wanted = log_probs.exp()
             embeds = pruned.get_input_embeddings()(ids).detach().requires_grad_(True)

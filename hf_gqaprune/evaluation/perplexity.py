@@ -9,11 +9,11 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ..data import Text, load_text, token_ids
 from ..errors import UsageError, WorkError
-from ..models import token_losses
+from ..models import eval_without_grad, token_losses
+from ..utils import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -120,11 +120,7 @@ def evaluate_perplexity(
             f"this is not the model's tokenizer"
         )
     nats, scored, done = 0.0, 0, 0
-    was_training = model.training
-    model.eval()
-    # silent for two seconds, and where nobody watches
-    bar = tqdm(total=len(windows), desc=text.name, unit="window", delay=2, disable=None, leave=False)
-    try:
+    with eval_without_grad(model), Progress(text.name, "window", len(windows)) as progress:
         for batch in _batches(windows, batch_size):
             rows = torch.stack([tokens[start:end] for start, end, _ in batch])  # (windows, text tokens)
             first = batch[0][2] - batch[0][0]
@@ -142,10 +138,7 @@ def evaluate_perplexity(
             nats += float(losses.sum())
             scored += len(rows) * (rows.shape[1] - first)
             done += len(batch)
-            bar.update(len(batch))
-    finally:
-        bar.close()
-        model.train(was_training)
+            progress.update(len(batch))
     if nats / scored > _MOST_NATS:
         raise WorkError(
             f"{nats / scored:.0f} nats per token on {text.name} are beyond float64: check the model's weights"

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..data import Calibration, split_batches
 from ..errors import WorkError, unknown
 from ..models import eval_without_grad, token_losses
+from ..utils import track
 
 
 def measure_layers(model: Any, calibration: Calibration, *, measure: str = "similarity") -> list[float]:
@@ -68,11 +69,9 @@ def perplexity(model: Any, calibration: Calibration) -> list[float]:
     The removal of single layers as in Shortened LLaMA (Kim et al. 2024, arXiv:2402.02834); the logarithm keeps
     one layer whose removal ruins the model from hiding the differences between all others.
     """
-    from tqdm.auto import tqdm
-
     whole = _nats(model, calibration)
     scores = []
-    for layer in tqdm(model.get_decoder().layers, desc="layers", unit="layer", disable=None, leave=False):
+    for layer in track(model.get_decoder().layers, "layer importance", "layer"):
         # the layer still runs, but its input is passed on
         with ExitStack() as stack:
             stack.callback(layer.register_forward_hook(lambda _module, args, _output: args[0]).remove)

@@ -19,7 +19,7 @@ from ..dependency_graph import trace_units
 from ..errors import UsageError, WorkError
 from ..models import OUTPUT_PROJECTION, Key, TopLogProbs, eval_without_grad, top_kl_divergence, top_log_probs
 from ..statistics import Statistics
-from ..utils import distributed
+from ..utils import Progress, distributed
 from .budget import Budget
 
 if TYPE_CHECKING:
@@ -55,8 +55,6 @@ def refine(model: PreTrainedModel, statistics: Statistics, budget: Budget, start
         UsageError: the statistics have no moments or no held-out windows.
         WorkError: a divergence is nan.
     """
-    from tqdm.auto import tqdm
-
     calibration = statistics.calibration
     if calibration is None or not len(calibration.held_out):
         raise UsageError("allocation search measures on held-out windows: calibrate with 8 windows or more (--samples)")
@@ -64,20 +62,20 @@ def refine(model: PreTrainedModel, statistics: Statistics, budget: Budget, start
         raise UsageError("allocation search needs statistics with moments: collect them with moments=True")
     with eval_without_grad(model), torch.no_grad(), _masked(model, statistics, budget) as candidate:
         held_out = distributed.shard(calibration.held_out)
-        tarreceiver = [_Target.of(model, ids) for ids in split_batches(held_out, model.config.vocab_size)]
+        targets = [_Target.of(model, ids) for ids in split_batches(held_out, model.config.vocab_size)]
         for key, count in start.items():
             candidate.mask(key, count)
-        with tqdm(desc="searching", unit="plan", disable=None, leave=False) as bar:
-            return _Descent(model, candidate, tarreceiver, budget, dict(start), bar).run()
+        with Progress("search", "plan") as bar:
+            return _Descent(model, candidate, targets, budget, dict(start), bar).run()
 
 
 class _Descent:
     """State of the descent: the current counts and their divergence."""
 
     def __init__(
-        self, model: Any, candidate: _Candidate, tarreceiver: list[_Target], budget: Budget, counts: Counts, bar: Any
+        self, model: Any, candidate: _Candidate, targets: list[_Target], budget: Budget, counts: Counts, bar: Any
     ) -> None:
-        self.model, self.candidate, self.tarreceiver = model, candidate, tarreceiver
+        self.model, self.candidate, self.targets = model, candidate, targets
         self.budget, self.counts, self.bar = budget, counts, bar
         self.tolerance = max(abs(self._miss(counts)), *(budget.unit[k] / 2 for k in counts if k[1] == "mlp"), 0)
         self.best = self._divergence()
@@ -164,7 +162,7 @@ class _Descent:
     def _divergence(self) -> float:
         self.bar.update()
         some = self.model.get_input_embeddings().weight
-        total = distributed.all_reduce_scalar(sum(target.divergence(self.model) for target in self.tarreceiver), some)
+        total = distributed.all_reduce_scalar(sum(target.divergence(self.model) for target in self.targets), some)
         if total != total:
             raise WorkError("the divergence of a candidate from the dense model is nan: load the model in float32 or bfloat16")
         return total

@@ -26,7 +26,7 @@ from ..models import (
     loss_gradient,
     requiring_grad,
 )
-from ..utils import CPU, distributed
+from ..utils import CPU, distributed, track
 from .criteria import CRITERIA, Block, Criterion
 from .moments import Moments
 from .store import BlockStatistics, Statistics, weight_digest
@@ -90,7 +90,7 @@ def collect_statistics(
             for block in hooks.values():
                 block.all_reduce()
     blocks = {}
-    for key, block in hooks.items():
+    for key, block in track(hooks.items(), "removal curves", "block"):
         result = block.statistics(rule, seed)
         kept = result.moments if moments else None
         blocks[key] = replace(result, stored=kept and kept.to(CPU), weight=weight_digest(block.weight))
@@ -212,12 +212,10 @@ class MomentHooks:
 
 def _run(model: PreTrainedModel, calibration: Calibration, backward: bool) -> None:
     """Run every batch forward and, with `backward`, back-propagate the summed next-token loss."""
-    from tqdm.auto import tqdm
-
     device = next(model.parameters()).device
     batches = list(split_batches(distributed.shard(calibration.ids), model.config.vocab_size))
     with torch.set_grad_enabled(backward):
-        for batch in tqdm(batches, desc="calibration", unit="batch", disable=None, leave=False):
+        for batch in track(batches, "calibration", "batch"):
             ids = batch.to(device)
             # gradients end at the embeddings' output, so that no weight needs one
             embeds = model.get_input_embeddings()(ids).detach().requires_grad_(backward)

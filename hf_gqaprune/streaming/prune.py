@@ -44,6 +44,7 @@ from ..utils import (
     resume_or_start,
     sha256,
     to_host,
+    track,
     working_folder,
     write_json,
     write_text,
@@ -238,14 +239,12 @@ def _columns(piece: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def _stream(surgery: _Surgery, progress: Path, noted: dict[str, Any]) -> None:
     """Take every step that is not done yet, and note each when it is."""
-    from tqdm.auto import tqdm
-
     slices = trace_units(surgery.plan.source.layers)
     pending = surgery.pending()
     for name in itertools.chain.from_iterable(step.reads for step in pending):
         # noted by a call that was interrupted in between
         surgery.checkpoint.digests.pop(name, None)
-    bar = tqdm(pending, desc="pruning", unit="step", disable=None, leave=False)
+    bar = track(pending, "pruning", "step")
     for step, following in itertools.zip_longest(bar, pending[1:]):
         if following is not None:
             surgery.checkpoint.announce(following.reads)

@@ -47,6 +47,7 @@ from ..utils import (
     resumable,
     resume_or_start,
     sha256,
+    track,
     working_folder,
     write_json,
 )
@@ -205,11 +206,9 @@ class _Pass:
             self.writer.wait()
 
     def _run(self) -> None:
-        from tqdm.auto import tqdm
-
         count = len(self.source.layers)
         if self.ids is None:
-            for index in tqdm(range(count), desc="weights", unit="layer", disable=None, leave=False):
+            for index in track(range(count), "weights", "layer"):
                 self._weigh(index)
             return
         store = self.store
@@ -225,7 +224,7 @@ class _Pass:
             if not done:
                 store.write("input-0", self.layers.embedded(self.batches))
                 store.commit("input-0")
-            for index in tqdm(range(max(done, default=0), count), desc="forward", unit="layer", disable=None, leave=False):
+            for index in track(range(max(done, default=0), count), "forward", "layer"):
                 self._forward(index)
             if not self.backward:
                 return
@@ -233,7 +232,7 @@ class _Pass:
             store.commit(f"gradient-{count}")
             store.drop(f"input-{count}")
             back = count
-        for index in tqdm(range(back - 1, -1, -1), desc="backward", unit="layer", disable=None, leave=False):
+        for index in track(range(back - 1, -1, -1), "backward", "layer"):
             self._back(index)
 
     def _kinds(self, index: int) -> list[str]:

@@ -26,6 +26,8 @@ from .prefetch import BackgroundWorker as BackgroundWorker
 from .prefetch import Prefetcher as Prefetcher
 from .prefetch import to_device as to_device
 from .prefetch import to_host as to_host
+from .progress import Progress as Progress
+from .progress import track as track
 from .resume import PROGRESS as PROGRESS
 from .resume import assembly_folder as assembly_folder
 from .resume import refuse_unfinished as refuse_unfinished
