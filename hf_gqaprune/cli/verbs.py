@@ -43,12 +43,14 @@ def run(args: argparse.Namespace) -> None:
 def plan(args: argparse.Namespace) -> None:
     """Decide and print; write the plan alone."""
     request = _prune_request(args)
+    from ..exporters import verdicts
     from ..pipeline import plan_model
     from ..utils import distributed
 
     chosen = plan_model(request, args.output, overwrite=args.overwrite, resume=args.resume)
     if distributed.index() == 0:
-        print(f"{chosen}\n\nwritten to {args.output}")
+        served = "\n".join(f"  {verdict}" for verdict in verdicts(chosen.target))
+        print(f"{chosen}\n\nserved by\n{served}\n\nwritten to {args.output}")
 
 
 def prune(args: argparse.Namespace) -> None:

@@ -26,3 +26,12 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         assert main(["export", *line, "-o", str(tmp_path / "out")]) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_says_where_its_model_can_be_served(tmp_path, capsys):
+    line = ["plan", "demo", "--backbone-ratio", "0.3", "--criterion", "magnitude", "-o", str(tmp_path / "plan.json")]
+    assert main(line) == 0
+    served = capsys.readouterr().out.split("served by\n")[1].splitlines()
+    assert served[0] == "  transformers: yes, by trust_remote_code, or with hf_gqaprune imported"
+    assert served[2].startswith("  llama.cpp: yes, as GGUF of architecture deci; Q8_0 falls back to F16 in layer")
+    assert served[4].startswith("  engines for plain Llama: no, layers differ")
