@@ -1,7 +1,7 @@
-"""Train the embedded demo model: `python benchmarks/train_demo.py -o hf_gqaprune/demo_model`.
+"""Train the embedded demo model: `python benchmarks/train_demo.py -o hf_gqaprune/data/demo_model`.
 
-A Llama with 32 query and 8 KV heads, its tokenizer, and nothing but the stories of `hf_gqaprune.demo`. Minutes on two
-CPU cores. The README.md of the folder is kept.
+A Llama with 32 query and 8 KV heads, its tokenizer, trained on the stories of `hf_gqaprune.data.demo` alone. Takes minutes
+on two CPU cores. The README.md of the folder is kept.
 """
 
 from __future__ import annotations
@@ -17,12 +17,21 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from hf_gqaprune.data import demo
 
-WINDOW, BATCH, WARMUP, PEAK, FLOOR = 128, 8, 60, 4e-3, 0.02
+WINDOW, PEAK, FLOOR = 128, 4e-3, 0.02
 CHARS = 3_500_000
+#: about 1.2 M parameters, most of them in the decoder layers
+SIZES = {
+    "hidden_size": 128,
+    "head_dim": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 5,
+    "intermediate_size": 352,
+}
 
 
 def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 1,024 tokens that begins every text with `<|begin_of_text|>`, as Llama-3's does."""
+    """Train a byte-level BPE of 1,024 tokens that starts every text with `<|begin_of_text|>`, as Llama-3's does."""
     bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -40,15 +49,10 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """About 1.2 M parameters, most of them in the decoder layers."""
+def build_model(tokenizer: PreTrainedTokenizerFast, **sizes: int) -> LlamaForCausalLM:
+    """Initialise a Llama of `sizes`, fields of `LlamaConfig`, for texts of up to 512 tokens."""
     config = LlamaConfig(
-        hidden_size=128,
-        head_dim=8,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        num_hidden_layers=5,
-        intermediate_size=352,
+        **sizes,
         vocab_size=len(tokenizer),
         max_position_embeddings=512,
         tie_word_embeddings=True,
@@ -61,9 +65,31 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model
 
 
-def rate(step: int, steps: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then a cosine down to `FLOOR`."""
-    return min((step + 1) / WARMUP, FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str, steps: int, batch: int, warmup: int) -> None:
+    """Train `model` in place on windows of `text`, `batch` at a time; a cosine with linear warm-up sets the rate."""
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    windows = ids[: len(ids) // (WINDOW - 1) * (WINDOW - 1)].view(-1, WINDOW - 1)
+    windows = torch.cat([torch.full((len(windows), 1), tokenizer.bos_token_id), windows], 1)
+    print(f"{model.num_parameters():,} parameters, {windows.numel():,} tokens, {steps:,} steps", flush=True)
+
+    def rate(step: int) -> float:
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+        return min((step + 1) / warmup, FLOOR + (1 - FLOOR) * cosine)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.95), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    order = torch.randperm(len(windows))
+    start = time.time()
+    for step in range(steps):
+        rows = windows[order[torch.arange(step * batch, (step + 1) * batch) % len(windows)]]
+        loss = model(rows, labels=rows).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"step {step:6d}  loss {loss.item():.4f}  {time.time() - start:.0f} s", flush=True)
 
 
 def main() -> None:
@@ -75,26 +101,8 @@ def main() -> None:
     torch.set_num_threads(1)  # the sums, hence the weights, then do not depend on the number of cores
     torch.manual_seed(args.seed)
     tokenizer = train_tokenizer(demo.demo_text("train"))
-    ids = torch.tensor(tokenizer(demo.demo_text("train", CHARS), add_special_tokens=False, verbose=False)["input_ids"])
-    windows = ids[: len(ids) // (WINDOW - 1) * (WINDOW - 1)].view(-1, WINDOW - 1)
-    windows = torch.cat([torch.full((len(windows), 1), tokenizer.bos_token_id), windows], 1)
-    model = build_model(tokenizer)
-    print(f"{model.num_parameters():,} parameters, {windows.numel():,} tokens, {args.steps} steps", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.95), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, args.steps))
-    order = torch.randperm(len(windows))
-    start = time.time()
-    for step in range(args.steps):
-        rows = torch.arange(step * BATCH, (step + 1) * BATCH) % len(windows)
-        batch = windows[order[rows]]
-        loss = model(batch, labels=batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0 or step == args.steps - 1:
-            print(f"step {step:5d}  loss {loss.item():.4f}  {time.time() - start:.0f} s", flush=True)
+    model = build_model(tokenizer, **SIZES)
+    train(model, tokenizer, demo.demo_text("train", CHARS), args.steps, batch=8, warmup=60)
     model.to(torch.bfloat16).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
 

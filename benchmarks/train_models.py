@@ -9,18 +9,15 @@ with six, and is trained for many more tokens per parameter, where pruning costs
 from __future__ import annotations
 
 import argparse
-import math
 import sysconfig
-import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from train_demo import train_tokenizer
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from train_demo import WINDOW, build_model, train, train_tokenizer
 
-WINDOW, BATCH, WARMUP, PEAK, FLOOR = 128, 16, 100, 4e-3, 0.02
+BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ SHAPES = {
 
 
 def texts() -> tuple[str, str]:
-    """Training and test text: the modules of the standard library, without its tests."""
+    """Return training and test text: the modules of the standard library, without its tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
     parts: tuple[list[str], list[str]] = ([], [])
     for path in sorted(root.rglob("*.py")):
@@ -51,31 +48,6 @@ def texts() -> tuple[str, str]:
         if not {"site-packages", "dist-packages", "test", "tests", "idlelib"} & set(name.parts):
             parts[zlib.crc32(str(name).encode()) % 20 == 0].append(path.read_text(encoding="utf-8", errors="ignore"))
     return "\n\n".join(parts[0]), "\n\n".join(parts[1])
-
-
-def build(shape: Shape, tokenizer) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        head_dim=shape.head_dim,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        num_hidden_layers=shape.layers,
-        intermediate_size=shape.ffn,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig.from_model_config(config)
-    return model
-
-
-def rate(step: int, steps: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then a cosine down to `FLOOR`."""
-    return min((step + 1) / WARMUP, FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
 
 def main() -> None:
@@ -86,32 +58,21 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     shape = SHAPES[args.name]
-    train, test = texts()
-    tokenizer = train_tokenizer(train)
-    ids = torch.tensor(tokenizer(train, add_special_tokens=False, verbose=False)["input_ids"])
-    windows = ids[: len(ids) // (WINDOW - 1) * (WINDOW - 1)].view(-1, WINDOW - 1)
-    windows = torch.cat([torch.full((len(windows), 1), tokenizer.bos_token_id), windows], 1)
-    model = build(shape, tokenizer)
-    steps = shape.tokens // (WINDOW * BATCH)
-    print(f"{model.num_parameters():,} parameters, text of {len(ids):,} tokens, {steps:,} steps", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.95), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
-    order = torch.randperm(len(windows))
-    start = time.time()
-    for step in range(steps):
-        rows = torch.arange(step * BATCH, (step + 1) * BATCH) % len(windows)
-        batch = windows[order[rows]]
-        loss = model(batch, labels=batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 200 == 0 or step == steps - 1:
-            print(f"step {step:6d}  loss {loss.item():.4f}  {time.time() - start:.0f} s", flush=True)
+    text, test = texts()
+    tokenizer = train_tokenizer(text)
+    model = build_model(
+        tokenizer,
+        hidden_size=shape.hidden,
+        head_dim=shape.head_dim,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        num_hidden_layers=shape.layers,
+        intermediate_size=shape.ffn,
+    )
+    train(model, tokenizer, text, shape.tokens // (WINDOW * BATCH), BATCH, warmup=100)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    (args.output / "train.txt").write_text(train, encoding="utf-8")
+    (args.output / "train.txt").write_text(text, encoding="utf-8")
     (args.output / "test.txt").write_text(test, encoding="utf-8")
 
 
