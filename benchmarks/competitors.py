@@ -1,4 +1,4 @@
-"""Structured pruning as others published it, on this library's parts: each function prunes a share of the backbone.
+"""Implement published structured-pruning methods on this library's parts: each function prunes a share of the backbone.
 
 What a method decides (score, share per layer, what becomes of the rest) is the paper's; what it removes is whole KV groups
 and FFN channels throughout, because nothing else is a Llama afterwards. Only `truncate` breaks that, as its author did.

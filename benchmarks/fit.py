@@ -1,4 +1,4 @@
-"""How the cost of layer-by-layer pruning grows with layers and tokens, and what a shape needs that no machine here holds.
+"""Fit the cost of layer-by-layer pruning to layers and tokens, and extrapolate it to larger shapes.
 
     python benchmarks/fit.py small --layers 4 8 16 --tokens 8192 -o layers.json
     python benchmarks/fit.py small --layers 4 --tokens 4096 8192 16384 32768 --seq-len 512 -o tokens.json

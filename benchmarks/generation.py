@@ -1,4 +1,4 @@
-"""How fast a dense model of a real shape and what pruning leaves of it generate, and what FLOPs and bytes predict.
+"""Measure the generation speed of dense and pruned models of real shapes against the prediction from FLOPs and bytes.
 
     python benchmarks/generation.py llama-3-8b --ratios 0.2 0.3 0.5 -o generation.json [--device cuda] [--round-to 1 64]
 

@@ -1,4 +1,4 @@
-"""Four ways to remove KV heads from a GQA model at the same sizes, before and after LoRA: a table and a plot.
+"""Compare four ways to remove KV heads from a GQA model at equal sizes, before and after LoRA, in a table and a plot.
 
     python benchmarks/gqa_ablation.py MODEL --calibration TEXT... --test TEXT... -o RESULTS
 

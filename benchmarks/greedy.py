@@ -1,4 +1,6 @@
-"""Greedy removal against one Cholesky factorisation of the same order, random data: `python benchmarks/greedy.py 1024 4096`.
+"""Compare the time of greedy removal with one Cholesky factorisation of the same order on random data.
+
+Run `python benchmarks/greedy.py 1024 4096`.
 
 Also one attention layer of 8 KV groups with 512 columns each. A second moment of order n in float64 takes 8 n^2 bytes, and
 four such matrices are alive at once, two of them only to begin anew: 6.2 GiB at 14,336.

@@ -1,4 +1,4 @@
-"""Perplexity right after pruning, no training: methods x ratios x texts x seeds, as a resumable table and a plot.
+"""Measure perplexity after pruning without training: methods x ratios x texts x seeds, as a resumable table and a plot.
 
     python benchmarks/quality.py MODEL --calibration TEXT... --test TEXT... -o RESULTS
 

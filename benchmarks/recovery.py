@@ -1,4 +1,4 @@
-"""Perplexity after recovery: ways to train x ratios x texts, for the same number of tokens, as a resumable table.
+"""Measure perplexity after recovery: trainings x ratios x texts for equal numbers of tokens, as a resumable table.
 
     python benchmarks/recovery.py MODEL --train TEXT... --test TEXT... -o RESULTS
 

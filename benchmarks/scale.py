@@ -1,4 +1,4 @@
-"""What pruning costs on a random-weight checkpoint of a real shape, made on the spot and deleted at the end.
+"""Measure the cost of pruning a random-weight checkpoint of a real shape, which is created first and deleted at the end.
 
     python benchmarks/scale.py llama-3.2-1b -o RESULTS.json [--folder DISK] [--repeat 3]
     python benchmarks/scale.py llama-3-8b --measure streamed --layers 2 --tokens 2048 -o RESULTS.json

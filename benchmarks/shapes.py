@@ -1,4 +1,4 @@
-"""Random-weight checkpoints of real shapes, and what the system says of a process."""
+"""Create random-weight checkpoints of real shapes, and read the memory use of a process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch-pruning's own LLM recipe and this library on one model, in one run: seconds, peak memory, perplexity after it.
+"""Compare torch-pruning's LLM recipe with this library on one model: seconds, peak memory and perplexity.
 
     python benchmarks/side_by_side.py MODEL --calibration TEXT... --test TEXT -o RESULTS.json
 

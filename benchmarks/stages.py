@@ -1,4 +1,4 @@
-"""What each stage of pruning costs: seconds, peak memory, bytes, and how near statistics come to the passes they need."""
+"""Measure each stage of pruning: seconds, peak memory and bytes, and the overhead of statistics over their bare passes."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 @contextmanager
 def _curves(seconds: dict[str, float]) -> Iterator[None]:
-    """Time what the criterion makes of the sums, which `collect_statistics` does as its last step."""
+    """Time the criterion, the last step of `collect_statistics`."""
     real: Callable[..., Any] = collect.MomentHooks.statistics
     seconds["curves"] = 0.0
 

@@ -1,4 +1,4 @@
-"""Other units than KV groups and FFN channels, tried in the same setting as these: one table of pruned / dense.
+"""Prune other units than KV groups and FFN channels in the same setting: one table of pruned / dense perplexity.
 
     python benchmarks/units.py MODEL --calibration TEXT... --test TEXT... -o RESULTS.json
 
