@@ -34,7 +34,7 @@ def decide(prepared: Prepared, model: PreTrainedModel) -> tuple[PruningPlan, Sta
     """Measure what has not been measured yet, and choose the plan that has not been given."""
     request, statistics = prepared.request, prepared.statistics
     if statistics is None:
-        with timed("statistics", prepared.seconds):
+        with timed("statistics"):
             statistics = collect_statistics(
                 model,
                 prepared.calibration,
@@ -47,7 +47,7 @@ def decide(prepared: Prepared, model: PreTrainedModel) -> tuple[PruningPlan, Sta
     if prepared.plan is not None:
         return prepared.plan, statistics
     selection, windows = prepared.selection(), prepared.calibration or statistics.calibration
-    with timed("selection", prepared.seconds):
+    with timed("selection"):
         scores = measure_layers(model, windows) if windows and selection.method == "layer_importance" else None
         measured_model = model if selection.method in MEASURING else None
         plan = make_plan(statistics, selection, model=measured_model, layer_scores=scores)
@@ -140,14 +140,14 @@ def prune_model(
     with memory_limit(prepared.device, _HINT):
         model = _loaded(prepared)
         plan, statistics = decide(prepared, model)
-        with timed("pruning", prepared.seconds):
+        with timed("pruning"):
             pruned = prune(model, plan, statistics, compensation=request.compensation, inplace=True)
     if distributed.index() == 0:
         source = prepared.source
         with timed("writing"), new_folder(output, overwrite) as scratch:
             whole = PruningPlan.from_dict(pruned.prune_plan)
             known = {"plan_hash": whole.hash(), "base_fingerprint": fingerprint(source), **record(prepared)}
-            known |= {"seconds": prepared.seconds, **pruned.compensation_record}
+            known |= pruned.compensation_record
             write_checkpoint(pruned.to(source.dtype), source.path, scratch, **known)
     distributed.barrier()
     return plan

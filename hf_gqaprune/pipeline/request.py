@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,6 @@ class Prepared:
         budget: what is removed; None for a saved plan.
         calibration: windows to measure on; None where nothing is measured, or saved statistics hold them.
         spare: bytes of a bound on memory that the work leaves.
-        seconds: of the stages that are done.
     """
 
     request: PruneRequest
@@ -46,7 +45,6 @@ class Prepared:
     statistics: Statistics | None
     calibration: Calibration | None
     spare: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def criterion_to_measure(self) -> str:
@@ -85,8 +83,10 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
     shape = ModelShape.from_config(source.config)
     scored = pruning.method in ("layer_importance", "search") and not replayed
     reads_weights = not (planning_only and criterion == "random") or scored
-    dtype = getattr(torch, pruning.dtype) if pruning.dtype else compute_dtype(source.dtype, device)
-    layers = Layers(source, device, dtype) if reads_weights else None
+    dtype, layers = torch.float32, None
+    if reads_weights:
+        dtype = getattr(torch, pruning.dtype) if pruning.dtype else compute_dtype(source.dtype, device)
+        layers = Layers(source, device, dtype)
     plan = budget = None
     if request.plan is not None:
         plan = PruningPlan.load(request.plan)

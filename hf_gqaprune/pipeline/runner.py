@@ -150,7 +150,7 @@ def _hint_for_runs(device: torch.device, hint: str) -> Iterator[None]:
 
 
 class _Stages:
-    """Which stages were begun and done, from which part of the recipe and from which weights and texts: `run.json`."""
+    """Keep in `run.json` which stages were begun and done, from which inputs, and how many seconds they took."""
 
     def __init__(self, folder: Path, notify: Callable[[str], object]) -> None:
         self.folder, self.notify = folder, notify
@@ -158,6 +158,7 @@ class _Stages:
         state = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {"begun": {}, "done": {}}
         self.begun: dict[str, str] = state["begun"]
         self.done: dict[str, str] = state["done"]
+        self.seconds: dict[str, float] = state.get("seconds", {})
 
     def do(self, name: str, inputs: dict[str, Any], work: Callable[[bool], Any]) -> None:
         """Run `work`, which writes `name`, unless it exists and was made from the same `inputs`.
@@ -173,14 +174,14 @@ class _Stages:
         self.begun[name] = digest
         self.done.pop(name, None)
         self._write()
-        with timed(name):
+        with timed(name, self.seconds):
             work(again)
         empty_gpu_cache()
         self.done[name] = digest
         self._write()
 
     def _write(self) -> None:
-        write_json(self.path, {"begun": self.begun, "done": self.done})
+        write_json(self.path, {"begun": self.begun, "done": self.done, "seconds": self.seconds})
 
 
 def _check_output(folder: Path, resume: bool, overwrite: bool) -> None:
