@@ -1,4 +1,4 @@
-"""TODO."""
+"""Trace which rows and columns of which weight belong to a unit, with torch-pruning's dependency graph."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from .errors import WorkError
-from .models import OUTPUT_PROJECTION, LayerShape
+from .models import INPUT_PROJECTIONS, OUTPUT_PROJECTION, LayerShape
 
-_KV_SIDE = ("self_attn.k_proj", "self_attn.v_proj")
-_QUERY_SIDE = ("self_attn.q_proj", "self_attn.o_proj")
-_FFN = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_QUERY, *_KV_SIDE = INPUT_PROJECTIONS["attention"]
+_QUERY_SIDE = (_QUERY, OUTPUT_PROJECTION["attention"])
+_FFN = (*INPUT_PROJECTIONS["mlp"], OUTPUT_PROJECTION["mlp"])
 _TRACE_TOKENS = 8
 
 
@@ -41,7 +41,7 @@ class UnitSlices:
         """`{projection: (dim, index)}` of a block, `index` int64 `(n_units, width)`: per KV group, or per FFN channel."""
         if kind == "mlp":
             return {name: (_dim(name), index) for name, index in self.ffn.items()}
-        groups = len(self.kv["self_attn.k_proj"])
+        groups = len(self.kv[_KV_SIDE[0]])
         owned = [self.group_of_query == group for group in range(groups)]
         query = {name: torch.stack([index[mine].flatten() for mine in owned]) for name, index in self.query.items()}
         return {name: (_dim(name), index) for name, index in {**self.kv, **query}.items()}
@@ -184,9 +184,9 @@ def _trace_layer(shape: LayerShape) -> UnitSlices:
     with gqa_index_mapping():
         graph = build_dependency_graph(probe)
         roots = torch.arange(kv_heads * shape.head_dim).view(kv_heads, shape.head_dim).tolist()
-        kv = [_members(graph, probe, layer.self_attn.k_proj, rows) for rows in roots]
+        kv = [_members(graph, probe, layer.get_submodule(_KV_SIDE[0]), rows) for rows in roots]
         # FFN edges map index to index: one walk over all channels serves instead of one walk a channel
-        ffn = [_members(graph, probe, layer.mlp.gate_proj, list(range(width)))]
+        ffn = [_members(graph, probe, layer.get_submodule(_FFN[0]), list(range(width)))]
     head_dim = shape.head_dim
     return UnitSlices(
         kv={name: _stack(kv, name, kv_heads, head_dim, shape.kv_heads > 0) for name in _KV_SIDE},

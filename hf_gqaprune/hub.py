@@ -12,6 +12,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import yaml
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
 
 from .errors import UsageError, WorkError
 from .model_cards import (
@@ -27,8 +29,6 @@ from .model_cards import (
 from .models import LayerShape, layer_shapes
 from .plan import PruningPlan
 
-INDEX = "model.safetensors.index.json"
-WEIGHTS = "model.safetensors"
 #: besides the weights and the code that `auto_map` names, these are sent and nothing else
 _SENT = (
     *("config.json", "generation_config.json", "prune_plan.json", "gqaprune.json", "recipe.yaml", "report.json"),

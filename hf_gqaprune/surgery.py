@@ -11,6 +11,7 @@ from .compensation import natural_gradient_steps, refit_columns, refit_on_pruned
 from .dependency_graph import UnitSlices, trace_units
 from .errors import UsageError, unknown
 from .models import (
+    BLOCK_MODULES,
     OUTPUT_PROJECTION,
     PrunedLlamaConfig,
     PrunedLlamaForCausalLM,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 #: from the best to the cheapest
 COMPENSATIONS = ("natural_gradient", "least_squares", "bias", "none")
-_NORMS = {"attention": "input_layernorm.weight", "mlp": "post_attention_layernorm.weight"}
 
 
 def prune(
@@ -158,8 +158,9 @@ def prune_layer(
             gone = mean.double().cpu().index_fill(0, cut[name][1].cpu(), 0)
             bias = result[f"{name}.bias"]
             result[f"{name}.bias"] = bias + (state[f"{name}.weight"].double().cpu() @ gone).to(bias)
-    for kind, name in _NORMS.items():
+    for kind, (_, norm) in BLOCK_MODULES.items():
         if present[kind]:
+            name = f"{norm}.weight"
             result[name] = state[name].clone() if clone else state[name]
     return result
 
@@ -193,7 +194,7 @@ def pruned_config(config: Any, plan: PruningPlan) -> PrunedLlamaConfig:
 
 def _changed(kept: LayerPlan, slices: UnitSlices, kind: str) -> bool:
     if kind == "mlp":
-        return len(kept.ffn_channels) < len(slices.ffn["mlp.down_proj"])
+        return len(kept.ffn_channels) < len(slices.ffn[OUTPUT_PROJECTION["mlp"]])
     return len(kept.query_heads) < len(slices.group_of_query)
 
 

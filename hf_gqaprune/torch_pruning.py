@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .dependency_graph import example_inputs, gqa_index_mapping, traceable
-from .models import LayerShape, PrunedLlamaForCausalLM, assemble, config_of_layers
+from .models import INPUT_PROJECTIONS, LayerShape, PrunedLlamaForCausalLM, assemble, config_of_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +31,8 @@ class KVGroups:
 
         inner: Any = model.get_decoder()
         attentions = [layer.self_attn for layer in inner.layers if layer.self_attn is not None]
-        self._attention = {linear: a for a in attentions for linear in (a.q_proj, a.k_proj, a.v_proj)}
+        names = [name.rpartition(".")[2] for name in INPUT_PROJECTIONS["attention"]]
+        self._attention = {a.get_submodule(name): a for a in attentions for name in names}
         norms = [module.weight for module in inner.modules() if hasattr(module, "variance_epsilon")]
         self.options = {
             "example_inputs": example_inputs(model),
@@ -114,4 +115,6 @@ def to_pruned_llama(model: PreTrainedModel) -> PrunedLlamaForCausalLM:
         attention, mlp, d = layer.self_attn, layer.mlp, before.head_dim
         query, kv = (0, 0) if attention is None else (attention.q_proj.out_features, attention.k_proj.out_features)
         shapes.append(LayerShape(query // d, kv // d, 0 if mlp is None else mlp.up_proj.out_features, d))
-    return assemble(model, config_of_layers(config, shapes), dict(model.state_dict())).train(model.training)
+    pruned = assemble(model, config_of_layers(config, shapes), dict(model.state_dict()))
+    pruned.train(model.training)
+    return pruned

@@ -1,4 +1,4 @@
-"""Weights go in, a fingerprint comes out; `gqaprune.json` keeps it beside a checkpoint or an adapter."""
+"""Identify weights by a fingerprint, and keep it in `gqaprune.json` beside a checkpoint or an adapter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERSION = 1
 
 
 def fingerprint(folder: str | os.PathLike[str]) -> str:
-    """Hash of the weights in a checkpoint folder: names, dtypes, shapes and bytes, however they are sharded.
+    """Hash the weights in a checkpoint folder: names, dtypes, shapes and bytes, however they are sharded.
 
     Returns:
         32 hex digits (XXH3, 128 bits).
@@ -26,8 +26,6 @@ def fingerprint(folder: str | os.PathLike[str]) -> str:
     Raises:
         UsageError: the folder holds no safetensors weights.
     """
-    import torch
-    import xxhash
     from safetensors import safe_open
 
     shards = sorted(Path(folder).glob("*.safetensors"))
@@ -37,20 +35,18 @@ def fingerprint(folder: str | os.PathLike[str]) -> str:
     for shard in shards:
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (not a mapping)
-                tensor = file.get_tensor(name).contiguous()
-                digest = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.view(-1).view(torch.uint8).numpy())
-                digests[name] = digest.hexdigest()
-    return xxhash.xxh3_128(json.dumps(sorted(digests.items())).encode()).hexdigest()
+                tensor = file.get_tensor(name)
+                digests[name] = digest(tensor.dtype, tuple(tensor.shape), [tensor])
+    return fingerprint_of_digests(digests)
 
 
 def write_identity(folder: str | os.PathLike[str], **values: Any) -> None:
-    """Write `gqaprune.json`: `values` such as `fingerprint`, `plan_hash`, `base_fingerprint`."""
+    """Write `gqaprune.json` with `values` such as `fingerprint`, `plan_hash`, `base_fingerprint`."""
     write_json(Path(folder) / IDENTITY_FILE, {"version": VERSION, **values})
 
 
 def read_identity(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """`gqaprune.json` in `folder` but for its version, None where there is none; [`UsageError`] where it is unreadable."""
+    """Read `gqaprune.json` without its version; None if there is none. Raises [`UsageError`] if it is unreadable."""
     path = Path(folder) / IDENTITY_FILE
     if not path.exists():
         return None
@@ -64,7 +60,7 @@ def read_identity(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def digest(dtype: torch.dtype, shape: tuple[int, ...], pieces: Iterable[torch.Tensor]) -> str:
-    """Hex XXH3 (128 bits) of a tensor that comes in `pieces`: dtype, shape and bytes, as in `identity.fingerprint`."""
+    """Hash dtype, shape and bytes of a tensor that comes in `pieces`: XXH3 (128 bits) as hex."""
     hashed = Digest(dtype, shape)
     for piece in pieces:
         hashed.update(piece)
@@ -72,14 +68,14 @@ def digest(dtype: torch.dtype, shape: tuple[int, ...], pieces: Iterable[torch.Te
 
 
 def fingerprint_of_digests(digests: Mapping[str, str]) -> str:
-    """What `identity.fingerprint` says of a folder that holds tensors of these `digests` and no others."""
+    """Combine the digests of all tensors, `{name: hex}`, to the fingerprint of their folder."""
     import xxhash
 
     return xxhash.xxh3_128(json.dumps(sorted(digests.items())).encode()).hexdigest()
 
 
 class Digest:
-    """`digest` of pieces that come one by one."""
+    """A [`digest`] that is fed piece by piece."""
 
     def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         import xxhash
@@ -87,14 +83,14 @@ class Digest:
         self._hash = xxhash.xxh3_128(f"{dtype} {shape}".encode())
 
     def update(self, piece: torch.Tensor) -> None:
-        """Take the next piece, any layout."""
+        """Add the next piece, of any memory layout."""
         self._hash.update(memory_of(piece.contiguous()))
 
     def hex(self) -> str:
-        """Of all pieces until now."""
+        """Return the hex digest of the data so far."""
         return self._hash.hexdigest()
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+    """View the bytes of a contiguous CPU tensor."""
     return tensor.detach().view(-1).view(torch.uint8).numpy().data

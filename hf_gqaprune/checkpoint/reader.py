@@ -18,11 +18,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
 
 from ..errors import UsageError, WorkError
 from .identity import Digest, digest, memory_of
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,

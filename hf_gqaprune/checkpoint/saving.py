@@ -1,4 +1,4 @@
-"""TODO."""
+"""Save a model together with the files that belong to its checkpoint."""
 
 from __future__ import annotations
 
@@ -12,26 +12,33 @@ from .identity import fingerprint, read_identity, write_identity
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: what a checkpoint has besides config and weights, as far as it has it
-CARRIED_FILES = (
+#: optional files of a checkpoint besides config and weights
+_CARRIED_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja"),
     *("generation_config.json", "recipe.yaml", "LICENSE*", "USE_POLICY*", "NOTICE*"),
 )
 
 
-def write_checkpoint(model: PreTrainedModel, base: str | os.PathLike[str], output: Path, **known: object) -> None:
-    """Save `model` to `output` with everything of `base` that is not weights, and its own `gqaprune.json`.
+def copy_carried_files(base: str | os.PathLike[str], output: Path, *patterns: str) -> None:
+    """Copy tokenizer, generation config, licence and the like from `base`; files already in `output` are kept.
 
-    `known` goes into `gqaprune.json` beside the fingerprint, over what `base` says of itself there.
+    `patterns` name further files.
     """
-    model.save_pretrained(output)
-    for pattern in CARRIED_FILES:
+    for pattern in (*_CARRIED_FILES, *patterns):
         for path in Path(base).glob(pattern):
             target = output / path.relative_to(base)
-            # what the model wrote about itself is newer
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
+
+
+def write_checkpoint(model: PreTrainedModel, base: str | os.PathLike[str], output: Path, **metadata: object) -> None:
+    """Save `model` to `output` with the other files of `base`, and its own `gqaprune.json`.
+
+    `metadata` is written to `gqaprune.json` beside the fingerprint and replaces values inherited from `base`.
+    """
+    model.save_pretrained(output)
+    copy_carried_files(base, output)
     inherited = read_identity(base) or {}
-    write_identity(output, **{**inherited, **known, "fingerprint": fingerprint(output)})
+    write_identity(output, **{**inherited, **metadata, "fingerprint": fingerprint(output)})

@@ -135,7 +135,7 @@ class ShardWriter:
         """Wait until all that was given is written, though not yet on the disk; [`WorkError`] where that failed."""
         self._thread.wait()
 
-    def holds(self, name: str, expected: str) -> bool:
+    def verify(self, name: str, expected: str) -> bool:
         """Whether the tensor `name` is already there with the digest `expected`; then it counts as written."""
         self.wait()
         stored = self.tensors[name]

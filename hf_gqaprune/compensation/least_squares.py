@@ -15,7 +15,7 @@ from torch import nn
 from ..data import Calibration, refit_batches
 from ..errors import WorkError
 from ..linalg import cholesky_, exact_products, factors_of_products, gram_strips, mirror_, product, ridge_term, solve_
-from ..models import BLOCK_MODULES, KINDS, DecoderInputs
+from ..models import BLOCK_MODULES, INPUT_PROJECTIONS, KINDS, OUTPUT_PROJECTION, DecoderInputs
 from ..utils import distributed, track
 
 logger = logging.getLogger(__name__)
@@ -25,8 +25,10 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 _SKETCH = 512
 #: rows converted or multiplied at once
 _ROWS = 512
-#: block kind -> its input projections and its output projection
-_LINEARS = {"attention": (("q_proj", "k_proj", "v_proj"), "o_proj"), "mlp": (("gate_proj", "up_proj"), "down_proj")}
+#: block kind -> its input projections and its output projection, by their names within the block
+_LINEARS = {
+    kind: tuple(name.rpartition(".")[2] for name in (*INPUT_PROJECTIONS[kind], OUTPUT_PROJECTION[kind])) for kind in KINDS
+}
 
 
 @dataclass
@@ -192,7 +194,7 @@ class ResidualStreams:
     def refit_block(self, index: int, kind: str, dense_layer: Any, layer: Any) -> None:
         """Refit one block if the streams or its sizes differ, and advance both streams past it."""
         self._block = index, kind
-        (name, norm), (inputs, output) = BLOCK_MODULES[kind], _LINEARS[kind]
+        (name, norm), (*inputs, output) = BLOCK_MODULES[kind], _LINEARS[kind]
         if getattr(dense_layer, name) is None:
             return
         dense_block, dense_norm = getattr(dense_layer, name), getattr(dense_layer, norm)

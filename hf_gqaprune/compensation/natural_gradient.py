@@ -13,7 +13,7 @@ from torch import nn
 from ..data import Calibration, split_batches
 from ..errors import WorkError
 from ..linalg import add_gram_, exact_products, ridge_term
-from ..models import OUTPUT_PROJECTION, eval_without_grad
+from ..models import BLOCK_MODULES, OUTPUT_PROJECTION, eval_without_grad
 from ..statistics import RIDGE
 from ..utils import CPU, distributed, track
 
@@ -197,12 +197,11 @@ class _OutputHooks:
 
 def output_hooks(pruned: Any) -> list[_OutputHooks]:
     """Create the hooks of every output projection, in layer order."""
-    blocks = {"attention": "self_attn", "mlp": "mlp"}
     return [
-        _OutputHooks(getattr(layer, blocks[kind]).get_submodule(name.rpartition(".")[2]))
+        _OutputHooks(layer.get_submodule(name))
         for layer in pruned.get_decoder().layers
         for kind, name in OUTPUT_PROJECTION.items()
-        if getattr(layer, blocks[kind]) is not None
+        if getattr(layer, BLOCK_MODULES[kind][0]) is not None
     ]
 
 

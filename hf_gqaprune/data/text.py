@@ -155,7 +155,7 @@ def _column(path: str, split: str, source: str, *, column: str = "text", **optio
         rows = rows[split]
     if column not in rows.column_names:
         raise UsageError(f"{source} has no column {column!r}; it has: {', '.join(rows.column_names)}")
-    texts = rows[column][:]
+    texts: list[str] = rows[column][:]
     if not all(isinstance(text, str) for text in texts):
         raise UsageError(f"column {column!r} of {source} does not hold text: {rows.features[column]}")
     return texts

@@ -39,7 +39,8 @@ def token_windows(tokenizer: Any, text: Text, seq_len: int) -> torch.Tensor:
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
     """The tokens of a text, without special tokens."""
-    return tokenizer(text, add_special_tokens=False, verbose=False, return_attention_mask=False)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False, return_attention_mask=False)["input_ids"]
+    return ids
 
 
 def cut_windows(tokenizer: Any, tokens: list[int], seq_len: int, name: str) -> torch.Tensor:

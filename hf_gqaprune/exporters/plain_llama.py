@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
 
 from ..checkpoint import (
-    CARRIED_FILES,
-    INDEX,
     LOG_FILE,
     Checkpoint,
     ShardWriter,
+    copy_carried_files,
     fingerprint_of_digests,
     read_identity,
     write_identity,
 )
 from ..errors import UsageError
-from ..models import LayerShape, ModelShape, empty_model, expected_tensors, layer_prefix
+from ..models import (
+    INPUT_PROJECTIONS,
+    OUTPUT_PROJECTION,
+    LayerShape,
+    ModelShape,
+    empty_model,
+    expected_tensors,
+    layer_prefix,
+)
 from ..utils import check_disk_space, new_folder, write_json
 from .source import Exported, Source
 
@@ -48,7 +55,7 @@ def write_plain_llama(source: Source, target: Path, *, pad: bool, overwrite: boo
                 pieces = _pieces(checkpoint, name, tensor, source, size)
                 writer.write(name, (rows.to(source.folder.dtype) for rows in pieces))
             writer.sync()
-        _carry(source.folder.path, scratch)
+        copy_carried_files(source.folder, scratch, LOG_FILE)
         write_identity(
             scratch, **{**(read_identity(source.folder.path) or {}), "fingerprint": fingerprint_of_digests(writer.digests)}
         )
@@ -128,7 +135,7 @@ def _pieces(
 def _filled_up(weight: torch.Tensor, inner: str, layer: LayerShape, size: LayerShape) -> torch.Tensor:
     """A weight or bias of `layer` with the zeros that make its block as large as `size`."""
     module, _, kind = inner.rpartition(".")
-    output = module in ("self_attn.o_proj", "mlp.down_proj")
+    output = module in OUTPUT_PROJECTION.values()
     if output and kind == "bias":
         return weight
     # units lie along the columns of an output projection
@@ -144,15 +151,6 @@ def _grouping(module: str, layer: LayerShape) -> tuple[int, ...]:
     """How the units of a projection lie along its units' dimension, outermost first."""
     if module.startswith("mlp."):
         return (layer.ffn,)
-    if module in ("self_attn.q_proj", "self_attn.o_proj"):
+    if module in (INPUT_PROJECTIONS["attention"][0], OUTPUT_PROJECTION["attention"]):
         return layer.kv_heads, layer.n_rep, layer.head_dim
     return layer.kv_heads, layer.head_dim
-
-
-def _carry(base: Path, output: Path) -> None:
-    """Copy tokenizer, generation config, licences and the log of a recovery, as far as `base` has them."""
-    for pattern in (*CARRIED_FILES, LOG_FILE):
-        for path in base.glob(pattern):
-            copy = output / path.relative_to(base)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)

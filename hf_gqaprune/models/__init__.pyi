@@ -1,4 +1,5 @@
 from .blocks import BLOCK_MODULES as BLOCK_MODULES
+from .blocks import INPUT_PROJECTIONS as INPUT_PROJECTIONS
 from .blocks import KINDS as KINDS
 from .blocks import OUTPUT_PROJECTION as OUTPUT_PROJECTION
 from .build import assemble as assemble

@@ -47,7 +47,7 @@ def assemble(
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        pruned = PrunedLlamaForCausalLM(config)
+        pruned: PrunedLlamaForCausalLM = PrunedLlamaForCausalLM(config)
     pruned.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)
     pruned.tie_weights()
     pruned.set_attn_implementation(model.config._attn_implementation)
@@ -56,4 +56,5 @@ def assemble(
     for parameter in pruned.parameters():
         parameter.requires_grad_(True)
     dispatch(pruned, getattr(model, "hf_device_map", {}))
-    return pruned.eval()
+    pruned.eval()
+    return pruned

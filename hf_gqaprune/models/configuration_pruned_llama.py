@@ -78,7 +78,8 @@ class PrunedLlamaConfig(LlamaConfig):
     @property
     def per_layer_config(self) -> Sequence["PrunedLlamaConfig"]:
         """The complete config of each layer; assigning a sparse dict of the layers that differ checks it."""
-        return super().per_layer_config
+        layers: Sequence[PrunedLlamaConfig] = super().per_layer_config
+        return layers
 
     @per_layer_config.setter
     def per_layer_config(self, layers: Mapping[int | str, Mapping[str, Any]] | None) -> None:

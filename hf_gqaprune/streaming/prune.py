@@ -5,20 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
 
 from ..checkpoint import (
-    CARRIED_FILES,
-    INDEX,
     Checkpoint,
     ModelFolder,
     ShardWriter,
+    copy_carried_files,
     fingerprint,
     fingerprint_of_digests,
     read_identity,
@@ -280,15 +279,15 @@ def _resume(checkpoint: Checkpoint, writer: ShardWriter, noted: dict[str, Any]) 
     checkpoint.digests |= noted["read"]
     for name, digest in noted["written"].items():
         if name in writer.tensors:
-            writer.holds(name, digest)
+            writer.verify(name, digest)
 
 
 def _pruned_model(folder: ModelFolder, plan: PruningPlan) -> PrunedLlamaForCausalLM:
-    """The pruned model without weights, with what `prune` would give it of `folder`."""
+    """Build the pruned model on the meta device, with the plan and generation config that `prune` would give it."""
     from transformers import GenerationConfig
 
     with torch.device("meta"):
-        pruned = PrunedLlamaForCausalLM(pruned_config(folder.config, plan)).to(folder.dtype)
+        pruned: PrunedLlamaForCausalLM = PrunedLlamaForCausalLM(pruned_config(folder.config, plan)).to(folder.dtype)
     pruned.tie_weights()
     path = folder.path / PLAN_FILE
     whole = plan
@@ -317,12 +316,7 @@ def _write_around(
     pruned.save_pretrained(output, state_dict={})
     if writer.index is not None:
         write_text(output / INDEX, json.dumps(writer.index, indent=2, sort_keys=True) + "\n")
-    for pattern in CARRIED_FILES:
-        for path in folder.glob(pattern):
-            copy = output / path.relative_to(folder)
-            if not copy.exists():
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
+    copy_carried_files(folder, output)
     # a file of weights that no index names was not read
     alone = set(folder.glob("*.safetensors")) == set(checkpoint.files)
     own = {

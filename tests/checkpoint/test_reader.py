@@ -77,8 +77,8 @@ def test_a_large_tensor_comes_and_goes_in_pieces_of_whole_rows(tmp_path: Path, s
         whole = checkpoint.digests["large"]
         checkpoint.read("large")
         assert checkpoint.digests["large"] == whole
-        assert not writer.holds("large", "0" * 32)
-        assert writer.holds("large", whole)
+        assert not writer.verify("large", "0" * 32)
+        assert writer.verify("large", whole)
 
 
 @settings(max_examples=40, deadline=None)
