@@ -8,7 +8,7 @@ from pathlib import Path
 
 import lazy_loader
 
-from .models.auto import register
+from .models import register
 from .version import __version__ as __version__
 
 if (_root := Path(__file__).parents[1]).joinpath("pyproject.toml").is_file():

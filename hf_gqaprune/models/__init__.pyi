@@ -1,3 +1,4 @@
+from .auto import register as register
 from .blocks import BLOCK_MODULES as BLOCK_MODULES
 from .blocks import INPUT_PROJECTIONS as INPUT_PROJECTIONS
 from .blocks import KINDS as KINDS
