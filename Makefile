@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	$(BIN)/gqaprune run demo --overwrite
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # compares exported files with transformers in the engines themselves; compiles llama.cpp once, in minutes
 test-serving: $(SERVING)/installed
@@ -23,6 +23,7 @@ lint: $(INSTALLED)
 	rm -rf $(TYPED) && mkdir -p $(TYPED)/hf_gqaprune
 	ln -s $(CURDIR)/hf_gqaprune/* $(CURDIR)/configuration $(CURDIR)/trainer $(CURDIR)/model_cards $(TYPED)/hf_gqaprune/
 	MYPYPATH=$(TYPED) $(BIN)/mypy --package hf_gqaprune
+	MYPYPATH=$(TYPED) $(BIN)/mypy tests/typing/public_api.py
 
 # folders in order, and who imports whom
 structure: $(INSTALLED)

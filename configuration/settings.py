@@ -81,7 +81,7 @@ class Settings:
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """List the fields."""
-        return tuple(spec.name for spec in fields(cls))  # type: ignore[arg-type]
+        return tuple(spec.name for spec in fields(cls))
 
     @classmethod
     def problem(cls, name: str, value: Any, prefix: str = "") -> str | None:
@@ -123,7 +123,7 @@ class Settings:
                 known = [f"{prefix}{known}" for known in cls.names()]
                 raise unknown(f"key in recipe {source}:" if source else cls.kind, f"{prefix}{name}", known)
             values[name] = cls._read(name, value, source, prefix)
-        for spec in fields(cls):  # type: ignore[arg-type]
+        for spec in fields(cls):
             if spec.name not in values and spec.default is MISSING and spec.default_factory is MISSING:
                 raise UsageError(f"{where}{prefix}{spec.name} is required: pass --set {prefix}{spec.name}=...")
         try:
@@ -149,7 +149,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts and lists in the order of the fields, defaults included."""
-        return _plain(asdict(self))  # type: ignore[call-overload,no-any-return]
+        return _plain(asdict(self))  # type: ignore[no-any-return]
 
 
 def choices(spec: Field[Any]) -> tuple[str, ...]:

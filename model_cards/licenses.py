@@ -133,7 +133,8 @@ def card_metadata(folder: Path) -> dict[str, Any]:
     if not (folder / "README.md").is_file():
         return {}
     try:
-        return ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+        metadata: dict[str, Any] = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+        return metadata
     except ValueError as error:
         raise UsageError(f"the metadata of {folder / 'README.md'} cannot be read: {error}") from None
 

@@ -206,7 +206,8 @@ def _chat(tokenizer: Any, messages: list[dict[str, Any]], source: Rows, **option
             "(chat_template.jinja in the model's folder) or use prompt/completion columns"
         )
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+        ids: list[int] = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+        return ids
     except (TemplateError, TypeError, ValueError) as error:
         raise UsageError(
             f"the chat template of the model's tokenizer does not take a chat of dataset {source.name}: {error}"

@@ -132,6 +132,6 @@ def _processes(flags: Sequence[str], default: int) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--num_processes", "--num-processes", type=int, default=default)
     try:
-        return parser.parse_known_args(list(flags))[0].num_processes
+        return int(parser.parse_known_args(list(flags))[0].num_processes)
     except argparse.ArgumentError as error:
         raise UsageError(str(error)) from error

@@ -113,4 +113,4 @@ def _recorded_base(adapter: Path) -> str:
     base = json.loads(path.read_text(encoding="utf-8"))["base"]
     if Path(base).is_absolute() and not Path(base).is_dir():
         raise UsageError(f"the base of {adapter} is no longer in {base}: name it with --base")
-    return base
+    return str(base)

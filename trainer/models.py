@@ -102,4 +102,4 @@ def recompute_activations(model: PreTrainedModel, config: RecoveryConfig) -> boo
     """Whether to trade time for memory."""
     if config.activation_checkpointing is not None:
         return config.activation_checkpointing
-    return model.num_parameters() >= _LARGE
+    return bool(model.num_parameters() >= _LARGE)

@@ -14,7 +14,7 @@ def add_flags(
     group: argparse._ActionsContainer, section: type[Settings], *, only: Iterable[str] = (), skip: Iterable[str] = ()
 ) -> None:
     """Add one flag per field of `section`, with its help, choices and default; a flag that is not given leaves no trace."""
-    for spec in fields(section):  # type: ignore[arg-type]
+    for spec in fields(section):
         if (not only or spec.name in only) and spec.name not in skip:
             group.add_argument(flag_of(spec), dest=spec.name, default=argparse.SUPPRESS, **_options(spec))
 

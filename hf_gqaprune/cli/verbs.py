@@ -205,7 +205,7 @@ def _prune_request(args: argparse.Namespace) -> PruneRequest:
 
 def _refuse_unused(values: dict[str, Any], section: type[Settings], reason: str) -> None:
     """Raise [`UsageError`] for a flag that would change nothing."""
-    for spec in fields(section):  # type: ignore[arg-type]
+    for spec in fields(section):
         if spec.name in values:
             raise UsageError(f"{reason}: leave {flag_of(spec)} out")
 

@@ -250,4 +250,5 @@ def _factor(total: torch.Tensor, tokens: int) -> torch.Tensor:
     """Return the Cholesky factor of the mean plus its ridge, float64; only the lower triangle of `total` is read."""
     mean = total.double() / tokens
     mean.diagonal().add_(ridge_term(mean, RIDGE))
-    return torch.linalg.cholesky(mean)
+    factor: torch.Tensor = torch.linalg.cholesky(mean)
+    return factor

@@ -55,7 +55,7 @@ class Kernel:
         _remove[(self._programs,)](*self._tensors, k, count, n, ROWS=rows, WIDTH=WIDTH, PROGRAMS=programs)
 
 
-@triton.jit(do_not_specialize=["k", "count", "n"])
+@triton.jit(do_not_specialize=["k", "count", "n"])  # type: ignore[untyped-decorator]
 def _remove(  # type: ignore[no-untyped-def]
     p, a, panels, diagonals, ratios, columns, inverses, picked, costs, k, count, n,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, PROGRAMS: tl.constexpr,
