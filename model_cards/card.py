@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -135,6 +136,7 @@ def _render(folder: Path, base_model: str | os.PathLike[str], stated: dict[str, 
         calibration=[_source_line(source) for source in report.get("calibration") or known.get("calibration") or []],
         seed=report.get("seed", known.get("seed")),
         compensation=known.get("compensation"),
+        ridges=_ridges(known),
         settings=_settings(recipe_path) if recipe else [],
         recipe=recipe.strip(),
         identity=[("plan", plan["hash"]), *_fingerprints(known)],
@@ -314,6 +316,12 @@ def _training_data(recipe_path: Path, log: Mapping[str, Any] | None) -> list[str
     sources = recover.data if recover else [source["name"] for source in (log or {}).get("data", [])]
     known = (_DATASETS.get(source, (source, None))[0] for source in sources)
     return [name.partition(":")[0] for name in known if is_hub_id(name.partition(":")[0])]
+
+
+def _ridges(known: Mapping[str, Any]) -> str:
+    """Count the ridges that the refit chose: `0.001 (12 matrices), 0.1 (3 matrices)`; empty without a refit."""
+    counts = Counter(ridge for _, _, ridge in known.get("ridges", ()))
+    return ", ".join(f"{ridge:g} ({count} matri{'x' if count == 1 else 'ces'})" for ridge, count in sorted(counts.items()))
 
 
 def _fingerprints(known: Mapping[str, Any]) -> list[tuple[str, str]]:
