@@ -26,6 +26,9 @@ _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
 ARCHITECTURES: dict[str, tuple[list[Layer], dict[str, Any]]] = {
     "equal layers": (_EQUAL, {}),
+    "equal layers with biases": (
+        _EQUAL, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False, "rope_parameters": _LLAMA_3},
+    ),
     "unequal KV heads": ([(8, 4, 96), (4, 2, 96), (2, 1, 96)], {}),
     "n_rep 1, 8, 3, 2": ([(1, 1, 64), (8, 1, 64), (6, 2, 64), (6, 3, 64)], {}),
     "n_rep 4 to 7": ([(4, 1, 32), (5, 1, 32), (12, 2, 32), (7, 1, 64)], {"tie_word_embeddings": False}),
