@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from ..errors import UsageError, unknown
 from ..utils import refuse_existing, refuse_overwriting_inputs
@@ -44,6 +45,8 @@ def export(
         raise unknown("format", to, FORMATS)
     if to == "gguf" and pad:
         raise UsageError("a GGUF file holds layers of different sizes: leave pad out")
+    if to == "gguf" and Path(output).suffix != ".gguf":
+        raise UsageError(f"{output} must end in .gguf, by which llama.cpp and ollama know the format")
     if to == "llama" and (dtype != "auto" or tokenizer_from is not None):
         raise UsageError("a plain Llama keeps dtype and tokenizer of its checkpoint: leave dtype and tokenizer_from out")
     target = refuse_existing(output, overwrite, file=to == "gguf")

@@ -131,6 +131,7 @@ def test_rows_that_q8_0_does_not_divide_are_f16_and_said_so(tmp_path):
         ({"dtype": "q4_k_m"}, "unknown dtype 'q4_k_m'; allowed: auto, f32, f16, bf16, q8_0"),
         ({"to": "onnx"}, "unknown format 'onnx'; allowed: gguf, llama"),
         ({"pad": True}, "a GGUF file holds layers of different sizes: leave pad out"),
+        ({"output": "model.Modelfile"}, "model.Modelfile must end in .gguf, by which llama.cpp and ollama know the format"),
         ({"to": "llama", "dtype": "f16"}, "a plain Llama keeps dtype and tokenizer of its checkpoint"),
         ({"tokenizer_from": "config.json"}, "config.json is not a GGUF file"),
     ],
@@ -140,7 +141,7 @@ def test_options_that_make_no_sense_are_refused_before_any_work(options, message
     if "tokenizer_from" in options:
         options = {"tokenizer_from": tmp_path / "model" / "config.json"}
     with pytest.raises(gp.UsageError, match=message) as error:
-        gp.export(tmp_path / "model", tmp_path / "out", **options)
+        gp.export(tmp_path / "model", **({"output": tmp_path / "out.gguf"} | options))
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
