@@ -171,7 +171,7 @@ def test_nothing_is_overwritten_unless_told(tmp_path):
         gp.export(tmp_path / "model", tmp_path / "other.gguf")
     assert gp.export(tmp_path / "model", target, overwrite=True).path == target
     with pytest.raises(gp.UsageError, match="would be replaced by the output"):
-        gp.export(tmp_path / "model", tmp_path / "model" / "model.safetensors", overwrite=True)
+        gp.export(tmp_path / "model", target, tokenizer_from=target, overwrite=True)
 
 
 def _spoil(folder: Path, value: float) -> None:
