@@ -109,11 +109,16 @@ class PruningPlan:
         for index, (want, have) in enumerate(zip(self.source.layers, actual.layers, strict=True)):
             if want != have:
                 raise UsageError(f"layer {index}: the plan is for {_describe(want)}, the model has {_describe(have)}")
-        for field in ("hidden_size", "vocab_size", "tie_word_embeddings", "attention_bias", "mlp_bias"):
+        for field in ("hidden_size", "vocab_size", "attention_bias", "mlp_bias"):
             if getattr(self.source, field) != getattr(actual, field):
                 raise UsageError(
                     f"the plan is for {field}={getattr(self.source, field)}, the model has {getattr(actual, field)}"
                 )
+
+    def for_model(self, config: PreTrainedConfig) -> PruningPlan:
+        """Return the plan as it counts on this model, whose embeddings may be tied or not; raises as [`check_model`]."""
+        self.check_model(config)
+        return replace(self, source=replace(self.source, tie_word_embeddings=bool(config.tie_word_embeddings)))
 
     def compose(self, following: PruningPlan) -> PruningPlan:
         """One plan for this model that does what this plan and then `following`, made for the result, do."""

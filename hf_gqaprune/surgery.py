@@ -1,13 +1,15 @@
-"""A model and a plan go in; the smaller model comes out, its output projections re-fitted in closed form."""
+"""Prune a model as a plan says, and refit its output projections in closed form."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .compensation import natural_gradient_steps, refit_columns, refit_on_pruned_prefix
+from .data import HELD_OUT_EVERY
 from .dependency_graph import UnitSlices, trace_units
 from .errors import UsageError, unknown
 from .models import (
@@ -16,6 +18,7 @@ from .models import (
     PrunedLlamaConfig,
     PrunedLlamaForCausalLM,
     assemble,
+    check_loaded,
     check_materialized,
     check_outer_weights,
     check_weights,
@@ -29,6 +32,7 @@ from .utils import CPU, track
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
 #: from the best to the cheapest
 COMPENSATIONS = ("natural_gradient", "least_squares", "bias", "none")
 
@@ -46,8 +50,8 @@ def prune(
     Args:
         model: the Llama or pruned Llama causal LM that the plan was made for; any float dtype, which is kept.
         plan: which units stay.
-        statistics: second moments; needed unless `compensation` is `none`. Without calibration windows (they are part of
-            what `collect_statistics` returns) only the first re-fit is made, on the moments alone.
+        statistics: second moments and calibration windows; needed unless `compensation` is `none`. Without windows
+            `least_squares` makes only the first refit, on the moments alone, with a warning.
         compensation: `least_squares` re-fits `o_proj` and `down_proj` of every changed block on the dense moments, then
             every linear from there on, layer by layer, on the inputs that the pruned prefix gives it (see
             `reconstruction`); `natural_gradient` then takes a few second-order steps towards the dense model's
@@ -65,7 +69,8 @@ def prune(
         UsageError: a plan for a model of other sizes; statistics that are missing, without moments or of another model.
         WorkError: a weight that is not finite, named; predictions of the pruned model that are not.
     """
-    plan.check_model(model.config)
+    check_loaded(model)
+    plan = plan.for_model(model.config)
     check_compensation(compensation, plan, statistics)
     check_materialized(model)
     inner: Any = model.get_decoder()
@@ -183,6 +188,18 @@ def check_compensation(compensation: str, plan: PruningPlan, statistics: Statist
         raise UsageError("the statistics were collected on a model of other sizes than the plan's")
     if not all(block.has_moments for block in statistics.blocks.values()):
         raise UsageError(f"compensation {compensation} needs moments, and these statistics were made without calibration")
+    check_windows(compensation, 0 if statistics.calibration is None else len(statistics.calibration.ids))
+
+
+def check_windows(compensation: str, windows: int) -> None:
+    """Raise [`UsageError`] if `compensation` does nothing with so few calibration windows; warn if it does only a part."""
+    if compensation == "natural_gradient" and windows < HELD_OUT_EVERY:
+        raise UsageError(
+            f"compensation natural_gradient chooses its steps on held-out windows, one in {HELD_OUT_EVERY}, and {windows} "
+            f"calibration windows hold none out: give at least {HELD_OUT_EVERY} (--samples), or choose least_squares"
+        )
+    if compensation == "least_squares" and not windows:
+        logger.warning("least_squares without calibration windows refits o_proj and down_proj of changed blocks alone")
 
 
 def pruned_config(config: Any, plan: PruningPlan) -> PrunedLlamaConfig:

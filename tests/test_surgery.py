@@ -144,7 +144,7 @@ def test_keep_all_equals_dense_bit_for_bit(options: dict[str, bool], implementat
 @pytest.mark.parametrize("tied", [False, True])
 def test_reload_equals_saved_bit_for_bit(tmp_path: Path, dtype: torch.dtype, tied: bool) -> None:
     dense = tiny_llama(layers=3, tie_word_embeddings=tied).to(dtype)
-    calibration = Calibration.from_ids(token_ids(4, 16))
+    calibration = Calibration.from_ids(token_ids(8, 16))
     statistics = collect_statistics(dense, calibration, criterion="taylor")
     plan = make_plan(statistics, backbone_ratio=0.4, min_kv_heads=0, min_ffn=0)
     pruned = prune(dense, plan, statistics)
@@ -253,14 +253,14 @@ def test_refit_is_optimal(seed: int, columns: int, rows: int) -> None:
 
 
 def calibrated(model: PreTrainedModel, criterion: str = "curvature") -> Statistics:
-    return collect_statistics(model, Calibration.from_ids(token_ids(6, 24, seed=3)), criterion=criterion)
+    return collect_statistics(model, Calibration.from_ids(token_ids(8, 24, seed=3)), criterion=criterion)
 
 
 def test_moments_alone_refit_output_projections_and_bring_the_outputs_closer() -> None:
     dense = tiny_llama(layers=1, kv_heads=4, ffn=24)
     statistics = dataclasses.replace(calibrated(dense), calibration=None)
     plan = make_plan(statistics, backbone_ratio=0.4)
-    sliced, refitted = prune(dense, plan, compensation="none"), prune(dense, plan, statistics)
+    sliced, refitted = prune(dense, plan, compensation="none"), prune(dense, plan, statistics, compensation="least_squares")
     differing = {
         name for name, tensor in refitted.state_dict().items() if not torch.equal(tensor, sliced.state_dict()[name])
     }
@@ -301,3 +301,18 @@ def test_bad_requests_are_refused() -> None:
         prune(dense, plan, calibrated(other, "wanda"))
     with pytest.raises(UsageError, match="vocab_size=48, the model has 49"):
         prune(tiny_llama(vocab_size=VOCABULARY + 1), plan, compensation="none")
+
+
+def test_steps_need_a_held_out_window() -> None:
+    dense = tiny_llama()
+    statistics = collect_statistics(dense, Calibration.from_ids(token_ids(7, 24)))
+    plan = make_plan(statistics, backbone_ratio=0.3)
+    with pytest.raises(UsageError, match=r"7 calibration windows hold none out: give at least 8 \(--samples\)"):
+        prune(dense, plan, statistics)
+
+
+def test_least_squares_without_windows_says_that_it_is_the_first_half(caplog: pytest.LogCaptureFixture) -> None:
+    dense = tiny_llama()
+    statistics = dataclasses.replace(calibrated(dense), calibration=None)
+    prune(dense, make_plan(statistics, backbone_ratio=0.3), statistics, compensation="least_squares")
+    assert "without calibration windows refits o_proj and down_proj" in caplog.text

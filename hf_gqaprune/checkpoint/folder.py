@@ -12,6 +12,7 @@ import torch
 from ..data import demo_model_path
 from ..errors import UsageError
 from ..utils import AUTO, CPU, select_device, sha256
+from .identity import IDENTITY_FILE
 from .reader import Checkpoint
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 #: dtypes that a weight can be computed with
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class ModelFolder:
@@ -39,14 +41,21 @@ class ModelFolder:
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """The config; raises [`UsageError`] if it is unreadable."""
+        """The config, untied if the checkpoint stores a head that differs from its embeddings.
+
+        Fine-tuning and merging leave such heads behind under `tie_word_embeddings=true`. Raises [`UsageError`] if the config
+        is unreadable.
+        """
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(self.path)
+            config = AutoConfig.from_pretrained(self.path)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UsageError(f"the config of {self} is not readable: {reason}") from error
+        if config.tie_word_embeddings and any(self.path.glob("*.safetensors")) and _heads_differ(self._checkpoint):
+            config.tie_word_embeddings = False
+        return config
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -62,9 +71,19 @@ class ModelFolder:
         return tokenizer
 
     @cached_property
-    def tensors(self) -> Checkpoint:
-        """Reader of the safetensors weights; only headers are read. Raises [`UsageError`] as [`Checkpoint`] does."""
+    def _checkpoint(self) -> Checkpoint:
         return Checkpoint(self.path)
+
+    @cached_property
+    def tensors(self) -> Checkpoint:
+        """Reader of the safetensors weights; only headers are read. Raises [`UsageError`] as [`Checkpoint`] does.
+
+        Tied embeddings are found under the name of the embeddings, also if they are stored under that of the head.
+        """
+        tensors = self._checkpoint.tensors
+        if self.config.tie_word_embeddings and _HEAD in tensors and _EMBEDDINGS not in tensors:
+            tensors[_EMBEDDINGS] = tensors.pop(_HEAD)
+        return self._checkpoint
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,7 +130,9 @@ class ModelFolder:
         if place != CPU:
             # directly to the device, without a full copy on the CPU
             options.setdefault("device_map", "auto" if device in (None, AUTO) else {"": place})
-        model, info = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, output_loading_info=True, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            self.path, config=self.config, dtype=dtype, output_loading_info=True, **options
+        )
         # transformers initializes missing weights at random
         if missing := sorted(info["missing_keys"]):
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -131,6 +152,14 @@ def resolve_model(model: str | os.PathLike[str] | ModelFolder) -> ModelFolder:
         return model
     path = Path(model)
     if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            merge = f"gqaprune merge {path} -o {path}-merged"
+            if not (path / IDENTITY_FILE).is_file():
+                merge = (
+                    f'python -c "from peft import AutoPeftModelForCausalLM as M; '
+                    f"M.from_pretrained('{path}').merge_and_unload().save_pretrained('{path}-merged')\""
+                )
+            raise UsageError(f"{path} holds a LoRA adapter: merge it first: {merge}")
         if not (path / "config.json").is_file():
             raise UsageError(f"{path} holds no config.json: give the folder of a checkpoint")
         return ModelFolder(path)
@@ -139,6 +168,18 @@ def resolve_model(model: str | os.PathLike[str] | ModelFolder) -> ModelFolder:
     if path.is_absolute() or str(model).count("/") > 1 or str(model).startswith("."):
         raise UsageError(f"no such model folder: {model}")
     return ModelFolder(_download(str(model)))
+
+
+def _heads_differ(checkpoint: Checkpoint) -> bool:
+    """Return whether embeddings and head are both stored, with different values."""
+    stored = [checkpoint.tensors.get(name) for name in (_EMBEDDINGS, _HEAD)]
+    if None in stored:
+        return False
+    if len({(tensor.dtype, tensor.shape) for tensor in stored if tensor is not None}) > 1:
+        return True
+    with checkpoint:
+        pairs = zip(checkpoint.chunks(_EMBEDDINGS), checkpoint.chunks(_HEAD), strict=True)
+        return any(not torch.equal(embeddings, head) for embeddings, head in pairs)
 
 
 def _download(model: str) -> Path:

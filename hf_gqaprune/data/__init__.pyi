@@ -1,3 +1,4 @@
+from .calibration import HELD_OUT_EVERY as HELD_OUT_EVERY
 from .calibration import Calibration as Calibration
 from .calibration import Source as Source
 from .calibration import load_weighted_texts as load_weighted_texts

@@ -6,6 +6,7 @@ from .blocks import OUTPUT_PROJECTION as OUTPUT_PROJECTION
 from .build import assemble as assemble
 from .build import config_of_layers as config_of_layers
 from .checks import check_finite as check_finite
+from .checks import check_loaded as check_loaded
 from .checks import check_materialized as check_materialized
 from .checks import check_outer_weights as check_outer_weights
 from .checks import check_weights as check_weights

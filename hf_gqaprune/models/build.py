@@ -1,7 +1,8 @@
-"""TODO."""
+"""Build a pruned model from a config of layer sizes and the weights."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def config_of_layers(config: Any, shapes: Sequence[LayerShape], **values: Any) -> PrunedLlamaConfig:
-    """`config` with layers of these `shapes`: global values stay, layers that differ go to `per_layer_config`."""
+    """Derive a config with layers of these `shapes`: global values are kept, layers that differ go to `per_layer_config`."""
     kept = config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "per_layer_config", "layer_types", "transformers_version"):
         kept.pop(key, None)
@@ -37,22 +38,27 @@ def config_of_layers(config: Any, shapes: Sequence[LayerShape], **values: Any) -
 def assemble(
     model: PreTrainedModel, config: PrunedLlamaConfig, state: dict[str, torch.Tensor]
 ) -> PrunedLlamaForCausalLM:
-    """A pruned model that holds the tensors of `state`, in eval mode, set up like `model`.
+    """Build a pruned model from the tensors of `state`, in eval mode, set up like `model`.
 
     Args:
-        model: gives the attention implementation and the generation config.
+        model: has the attention implementation and the generation config to use.
         config: the sizes of `state`.
-        state: every weight but a tied head; taken, not copied.
+        state: every weight but a tied head; not copied.
+
+    Raises:
+        RuntimeError: a weight is missing or not part of the model.
     """
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
         pruned: PrunedLlamaForCausalLM = PrunedLlamaForCausalLM(config)
-    pruned.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    pruned.load_state_dict(state, assign=True)
     pruned.tie_weights()
     pruned.set_attn_implementation(model.config._attn_implementation)
     pruned.model.rotary_emb.to(state["model.embed_tokens.weight"].device)
-    pruned.generation_config = model.generation_config
+    pruned.generation_config = copy.deepcopy(model.generation_config)
     for parameter in pruned.parameters():
         parameter.requires_grad_(True)
     dispatch(pruned, getattr(model, "hf_device_map", {}))

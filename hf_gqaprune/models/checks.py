@@ -1,4 +1,4 @@
-"""TODO."""
+"""Check the weights of a model, and restore the modes and flags that a pass over it changes."""
 
 from __future__ import annotations
 
@@ -26,6 +26,18 @@ def check_materialized(model: nn.Module) -> None:
                 f"{name} is offloaded, or the model has no weights: a model that the devices do not hold is pruned layer by "
                 "layer, with --memory SIZE, or stream_statistics and prune_checkpoint"
             )
+
+
+def check_loaded(model: PreTrainedModel) -> None:
+    """Raise [`UsageError`] if `model` holds an adapter; untie its config if its head differs from its embeddings.
+
+    transformers loads a checkpoint with such a head untied, but leaves the config as it was.
+    """
+    if getattr(model, "peft_config", None):
+        raise UsageError("the model holds a LoRA adapter: merge it first, with model = model.merge_and_unload()")
+    embeddings, head = (module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings()))
+    if model.config.tie_word_embeddings and head is not embeddings and not (head.is_meta or embeddings.is_meta):
+        model.config.tie_word_embeddings = head.shape == embeddings.shape and torch.equal(head, embeddings.to(head.device))
 
 
 @contextmanager

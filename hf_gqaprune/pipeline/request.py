@@ -16,6 +16,7 @@ from ..plan import PruningPlan
 from ..selection import Budget, check_budget
 from ..statistics import CRITERIA, Statistics
 from ..streaming import Layers, Workload, check_gpu_memory, check_memory_bound
+from ..surgery import check_windows
 from ..utils import AUTO, compute_dtype, distributed, parse_size, select_device
 
 #: the criterion that is measured for a saved plan, which needs no curves, only the moments of a refit
@@ -89,8 +90,7 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
         layers = Layers(source, device, dtype)
     plan = budget = None
     if request.plan is not None:
-        plan = PruningPlan.load(request.plan)
-        plan.check_model(source.config)
+        plan = PruningPlan.load(request.plan).for_model(source.config)
     else:
         budget = check_budget(pruning, shape)
     if statistics is not None and statistics.source != shape:
@@ -104,6 +104,8 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
     if draws:
         samples, seq_len = request.calibration.samples, _seq_len(request, source)
         texts = load_weighted_texts(request.calibration.data)
+    if refit:
+        check_windows(request.compensation, samples)
     pass_rule = CRITERIA[FOR_REFITTING if replayed else criterion]
     rule = pass_rule if statistics is None and (not replayed or refit) else None
     if layers is not None and not request.streamed and device.type == "cuda" and pruning.device != AUTO:

@@ -19,6 +19,7 @@ from ..models import (
     KINDS,
     OUTPUT_PROJECTION,
     ModelShape,
+    check_loaded,
     check_materialized,
     check_outer_weights,
     check_weights,
@@ -66,6 +67,7 @@ def collect_statistics(
     if criterion not in CRITERIA:
         raise unknown("criterion", criterion, CRITERIA)
     rule = CRITERIA[criterion]
+    check_loaded(model)
     source = ModelShape.from_config(model.config)
     if calibration is None and rule.calibrated:
         raise UsageError(f"criterion {criterion} needs calibration text: pass --calibration NAME_OR_FILE")

@@ -59,7 +59,7 @@ def prune_checkpoint(
     output: str | os.PathLike[str],
     statistics: Statistics | None = None,
     *,
-    compensation: str = "none",
+    compensation: str | None = None,
     max_shard_size: int | str = "50GB",
     overwrite: bool = False,
     resume: bool = False,
@@ -80,8 +80,8 @@ def prune_checkpoint(
         plan: which units stay.
         output: the new folder.
         statistics: of `model`, from `stream_statistics` or saved before; needed unless `compensation` is `none`.
-        compensation: `none` or `least_squares`, as in `prune`. The steps of `natural_gradient` are on all layers at once
-            and need both models in memory.
+        compensation: `none` or `least_squares`, as in `prune`; by default the latter if there are `statistics`. The steps
+            of `natural_gradient` move all layers at once and need both models in memory.
         max_shard_size: of the written shards, as in `save_pretrained`: bytes, or a text such as `"5GB"`.
         overwrite: replace `output`, and without `resume` drop what an interrupted call left.
         resume: go on after the last layer that an interrupted call with the same arguments finished, or from the first where
@@ -101,6 +101,7 @@ def prune_checkpoint(
             `resume` with another plan or model.
         WorkError: reading or writing failed; what was finished is kept for `resume`.
     """
+    compensation = compensation or ("least_squares" if statistics else "none")
     if compensation == "natural_gradient":
         raise UsageError(
             "compensation natural_gradient needs both models in memory: use prune, or compensation least_squares or none"
@@ -111,7 +112,7 @@ def prune_checkpoint(
     target = refuse_existing(output, overwrite)
     folder = resolve_model(model)
     refuse_overwriting_inputs(target, [folder, *([statistics.folder] if statistics and statistics.folder else [])])
-    plan.check_model(folder.config)
+    plan = plan.for_model(folder.config)
     layers = Layers(folder, device, dtype)
     checkpoint = layers.checkpoint
     pruned = _pruned_model(folder, plan)
@@ -319,6 +320,7 @@ def _write_around(
     copy_carried_files(folder, output)
     # a file of weights that no index names was not read
     alone = set(folder.glob("*.safetensors")) == set(checkpoint.files)
+    alone &= all(name == stored.name for name, stored in checkpoint.tensors.items())
     own = {
         "plan_hash": PruningPlan.from_dict(pruned.prune_plan).hash(),
         "base_fingerprint": fingerprint_of_digests(checkpoint.digests) if alone else fingerprint(folder),

@@ -22,7 +22,17 @@ from support.disk import contents, files_of_at_most
 from support.tiny import tiny_config, tiny_llama, token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from hf_gqaprune import PrunedLlamaForCausalLM, PruningPlan, UsageError, WorkError, prune, prune_checkpoint
+from hf_gqaprune import (
+    Calibration,
+    PrunedLlamaForCausalLM,
+    PruningPlan,
+    UsageError,
+    WorkError,
+    collect_statistics,
+    make_plan,
+    prune,
+    prune_checkpoint,
+)
 from hf_gqaprune.checkpoint import identity, resolve_model
 from hf_gqaprune.checkpoint import reader as shards
 from hf_gqaprune.checkpoint.reader import INDEX, WEIGHTS
@@ -469,3 +479,13 @@ def test_the_command_replays_a_saved_plan_shard_by_shard(tmp_path: Path, tokeniz
     assert cut == wanted
     # the command also notes what it was told
     assert known == {**of_memory, "calibration": [], "seed": 0, "compensation": "none"}
+
+
+def test_statistics_are_used_unless_told_otherwise(tmp_path: Path) -> None:
+    model = saved(tmp_path / "dense")
+    statistics = collect_statistics(model, Calibration.from_ids(token_ids(9, 24)))
+    plan = make_plan(statistics, backbone_ratio=0.3)
+    for name, options in (("default", {}), ("named", {"compensation": "least_squares"}), ("none", {"compensation": "none"})):
+        prune_checkpoint(tmp_path / "dense", plan, tmp_path / name, statistics, **options)
+    first, second, third = ((tmp_path / name / WEIGHTS).read_bytes() for name in ("default", "named", "none"))
+    assert first == second != third

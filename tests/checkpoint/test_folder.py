@@ -1,0 +1,111 @@
+"""Checkpoints as people bring them, in memory and streamed alike."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.tiny import tiny_config, tiny_llama, token_ids
+from transformers import AutoModelForCausalLM
+
+from hf_gqaprune import (
+    Calibration,
+    PruningPlan,
+    UsageError,
+    collect_statistics,
+    make_plan,
+    prune,
+    prune_checkpoint,
+    stream_statistics,
+)
+from hf_gqaprune.checkpoint import resolve_model, write_identity
+from hf_gqaprune.models import ModelShape
+
+WEIGHTS = "model.safetensors"
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.fixture
+def tied(tmp_path: Path) -> Path:
+    """A checkpoint whose config ties the embeddings."""
+    tiny_llama(tiny_config(tie_word_embeddings=True)).save_pretrained(tmp_path / "tied")
+    return tmp_path / "tied"
+
+
+def restore(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def test_a_different_head_unties_the_embeddings(tied: Path, tmp_path: Path) -> None:
+    weights = load_file(tied / WEIGHTS)
+    restore(tied, {**weights, HEAD: torch.randn_like(weights[EMBEDDINGS])})
+    folder, loaded = resolve_model(tied), AutoModelForCausalLM.from_pretrained(tied)
+    ids, windows = token_ids(), Calibration.from_ids(token_ids(9, 16))
+    expected = loaded(ids).logits
+    # made of a config that still says tied
+    plan = PruningPlan.keep_all(loaded.config)
+    assert torch.equal(prune(loaded, plan, compensation="none")(ids).logits, expected)
+    assert torch.equal(folder.load()(ids).logits, expected)
+    streamed = resolve_model(prune_checkpoint(tied, plan, tmp_path / "out")).load()
+    assert torch.equal(streamed(ids).logits, expected) and not streamed.config.tie_word_embeddings
+    assert ModelShape.from_config(folder.config).cost.parameters == streamed.num_parameters()
+    statistics = [
+        collect_statistics(folder.load(), windows, criterion="curvature"),
+        stream_statistics(tied, windows, tmp_path / "statistics", criterion="curvature"),
+    ]
+    assert statistics[0].source == statistics[1].source
+    plans = [make_plan(one, backbone_ratio=0.3) for one in statistics]
+    assert plans[0] == plans[1] and plans[0].before.parameters == streamed.num_parameters()
+
+
+def test_an_equal_head_stays_tied(tied: Path, tmp_path: Path) -> None:
+    weights = load_file(tied / WEIGHTS)
+    restore(tied, {**weights, HEAD: weights[EMBEDDINGS].clone()})
+    assert resolve_model(tied).config.tie_word_embeddings
+    out = prune_checkpoint(tied, PruningPlan.keep_all(resolve_model(tied).config), tmp_path / "out")
+    assert HEAD not in load_file(out / WEIGHTS)
+
+
+def test_tied_embeddings_may_be_stored_as_the_head(tied: Path, tmp_path: Path) -> None:
+    shutil.copytree(tied, tmp_path / "head")
+    weights = load_file(tied / WEIGHTS)
+    restore(tmp_path / "head", {(HEAD if name == EMBEDDINGS else name): tensor for name, tensor in weights.items()})
+    plan = PruningPlan.keep_all(resolve_model(tied).config)
+    written = [prune_checkpoint(tmp_path / name, plan, tmp_path / f"out-{name}") / WEIGHTS for name in ("tied", "head")]
+    assert written[0].read_bytes() == written[1].read_bytes()
+    pruned = prune(resolve_model(tmp_path / "head").load(), plan, compensation="none")
+    assert torch.equal(pruned.lm_head.weight, weights[EMBEDDINGS])
+
+
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("base", [False, True])
+def test_an_adapter_is_refused_with_the_command_that_merges_it(tied: Path, tmp_path: Path, base: bool, ours: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(resolve_model(tied).load(), LoraConfig(r=2, target_modules=["q_proj"]))
+    folder = tied if base else tmp_path / "adapter"
+    model.save_pretrained(folder)
+    if ours:
+        write_identity(folder, base_fingerprint="0")
+    plan = PruningPlan.keep_all(model.config)
+    command = f"gqaprune merge {folder} -o {folder}-merged" if ours else "AutoPeftModelForCausalLM"
+    for call in (
+        lambda: resolve_model(folder),
+        lambda: prune_checkpoint(folder, plan, tmp_path / "out"),
+        lambda: stream_statistics(folder, None, tmp_path / "out", criterion="magnitude"),
+        lambda: make_plan(model=folder, ratio=0.1),
+    ):
+        with pytest.raises(UsageError, match=re.escape(f"{folder} holds a LoRA adapter: merge it first: ") + f".*{command}"):
+            call()
+    for call in (
+        lambda: prune(model, plan, compensation="none"),
+        lambda: make_plan(model=model, ratio=0.1),
+        lambda: collect_statistics(model, criterion="magnitude", moments=False),
+    ):
+        with pytest.raises(UsageError, match="holds a LoRA adapter: merge it first"):
+            call()
+    assert not (tmp_path / "out").exists()
