@@ -1,6 +1,7 @@
 """Declare settings: frozen dataclasses whose fields carry their own help and checks."""
 
 import math
+import os
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -212,8 +213,10 @@ def _is_section(option: Any) -> bool:
 
 
 def _coerced(value: Any, hint: Any) -> Any:
-    """Turn whole numbers into floats and lists into tuples where the type says so, a single item into a tuple of one."""
+    """Turn whole numbers into floats, paths into texts and lists or single items into tuples where the type says so."""
     for option in options_of(hint):
+        if option is str and isinstance(value, os.PathLike):
+            return os.fspath(value)
         if option is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         if get_origin(option) is tuple and value is not None:

@@ -349,7 +349,7 @@ def test_the_shares_named_in_the_refusal_are_possible() -> None:
     most = float(str(error.value).split(" to ")[1].split(":")[0])
     plan = make_plan(statistics, backbone_ratio=0.4, attention_share=most)
     assert [layer.kv_heads for layer in plan.target.layers] == [1, 1]
-    with pytest.raises(UsageError, match="attention_share=0 with backbone_ratio=0.6"):
+    with pytest.raises(UsageError, match="attention_share=0.0 with backbone_ratio=0.6"):
         make_plan(statistics, backbone_ratio=0.6, attention_share=0)
 
 
@@ -439,7 +439,7 @@ def test_per_layer_rates_are_met_in_every_layer() -> None:
         assert abs((4 - kept.kv_heads) * group + (160 - kept.ffn) * channel - rate * layer) <= channel
     with pytest.raises(UsageError, match="2 rates for a model of 3 layers"):
         make_plan(drawn_statistics(source, 0), rates=[0.1, 0.1])
-    with pytest.raises(UsageError, match="layer 1: rate 1.5 must be at least 0 and below 1"):
+    with pytest.raises(UsageError, match="holds 1.5: every rate must be at least 0 and below 1"):
         make_plan(drawn_statistics(source, 0), rates=[0.1, 1.5, 0.1])
 
 
@@ -497,19 +497,19 @@ def test_a_path_is_enough_for_criteria_without_calibration(tmp_path: Path) -> No
     [
         ({}, "exactly one of ratio, backbone_ratio"),
         ({"ratio": 0.1, "backbone_ratio": 0.1}, "exactly one of"),
-        ({"ratio": 0}, "ratio=0 must be a number between 0 and 1"),
-        ({"ratio": 1}, "ratio=1 must be"),
-        ({"ratio": -1}, "ratio=-1 must be"),
+        ({"ratio": 0}, "ratio=0.0 must be a number between 0 and 1"),
+        ({"ratio": 1}, "ratio=1.0 must be"),
+        ({"ratio": -1}, "ratio=-1.0 must be"),
         ({"ratio": "abc"}, "ratio='abc' must be"),
         ({"ratio": float("nan")}, "ratio=nan must be"),
         ({"ratio": True}, "ratio=True must be"),
-        ({"ratio": 0.2, "rates": [0.1, 0.1]}, "belong together|exactly one"),
-        ({"rates": [0.1, 0.1], "allocation": "global"}, "belong together"),
-        ({"allocation": "per_layer"}, "belong together"),
+        ({"ratio": 0.2, "rates": [0.1, 0.1]}, "allocation='per_layer' requires rates|exactly one"),
+        ({"rates": [0.1, 0.1], "allocation": "global"}, "allocation='per_layer' requires rates"),
+        ({"allocation": "per_layer"}, "allocation='per_layer' requires rates"),
         ({"ratio": 0.2, "allocation": "unifrom"}, "unknown allocation 'unifrom' \\(did you mean 'uniform'\\?\\)"),
         ({"ratio": 0.2, "criterion": "magnitud"}, "unknown criterion 'magnitud' \\(did you mean 'magnitude'\\?\\)"),
         ({"ratio": 0.2, "criterion": "taylor"}, "criterion taylor needs statistics"),
-        ({"ratio": 0.2, "min_ffn": -1}, "min_ffn=-1 must not be negative"),
+        ({"ratio": 0.2, "min_ffn": -1}, "min_ffn=-1 must be a whole number from 0"),
         ({"ratio": 0.2, "temperature": 1.0}, "temperature is a setting of allocation layer_importance, not of global"),
         ({"ratio": 0.2, "attention_share": 0.5, "allocation": "uniform"}, "attention_share is a setting of allocation global"),
         ({"ratio": 0.2, "attention_share": -0.1}, "attention_share=-0.1 must be a number from 0 to 1"),
@@ -520,15 +520,15 @@ def test_a_path_is_enough_for_criteria_without_calibration(tmp_path: Path) -> No
         ({"ratio": 0.2, "round_to": 8, "min_ffn": 10}, "FFN width 12 leaves no multiple of round_to=8 with min_ffn=10"),
         ({"ratio": 0.2, "keep_layers": [2]}, "keep_layers names layer 2, the model has 2: give numbers from -2 to 1"),
         ({"ratio": 0.2, "keep_layers": [-3]}, "keep_layers names layer -3"),
-        ({"ratio": 0.2, "keep_layers": [0.5]}, "keep_layers names layer 0.5"),
+        ({"ratio": 0.2, "keep_layers": [0.5]}, "keep_layers=\\(0.5,\\) must be a list of whole numbers"),
         ({"ratio": 0.2, "keep_layers": [0, -1]}, "layers 0, 1 kept \\(at most 0.0\\): lower .* or keep fewer layers"),
         ({"rates": [0.1, 0.1], "keep_layers": [0]}, "rate 0 keeps a layer"),
-        ({"rates": [0.1, 0.1], "round_to": 2}, "keep_layers and round_to do not go with per-layer rates"),
-        ({"ratio": 0.2, "allocation": "layer_importance"}, "layer_importance and layer_scores .* belong together"),
-        ({"ratio": 0.2, "layer_scores": [1, 2]}, "layer_importance and layer_scores .* belong together"),
+        ({"rates": [0.1, 0.1], "round_to": 2}, "keep_layers and round_to do not combine with rates"),
+        ({"ratio": 0.2, "allocation": "layer_importance"}, "allocation='layer_importance' requires layer_scores"),
+        ({"ratio": 0.2, "layer_scores": [1, 2]}, "allocation='layer_importance' requires layer_scores"),
         (LAYERED | {"layer_scores": [1]}, "1 layer scores for a model of 2 layers"),
         (LAYERED | {"layer_scores": [1, float("nan")]}, "layer 1: score nan must be a finite number"),
-        (LAYERED | {"layer_scores": [1, 2], "temperature": 0}, "temperature=0 must be a number from 0.01"),
+        (LAYERED | {"layer_scores": [1, 2], "temperature": 0}, "temperature=0.0 must be a number from 0.01"),
         (LAYERED | {"layer_scores": [1, 2], "temperature": float("inf")}, "temperature=inf must be"),
         ({"ratio": 0.99}, "ratio=0.99 removes more than the layers hold .*at most 0\\.\\d+"),
     ],

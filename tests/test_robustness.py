@@ -116,7 +116,7 @@ def test_every_criterion_gives_a_plan_of_the_size_asked_for(case: str, criterion
 def test_every_compensation_gives_finite_weights(case: str, compensation: str) -> None:
     model, calibration = edge(case)
     statistics = collect_statistics(model, calibration)
-    plan = make_plan(statistics, backbone_ratio=0.25, bias=compensation == "bias")
+    plan = make_plan(statistics, backbone_ratio=0.25, compensation=compensation)
     assert finite(prune(model, plan, statistics, compensation=compensation))
 
 
@@ -206,7 +206,7 @@ def test_a_weight_that_is_not_finite_is_named(name: str, said: str, criterion: s
 def test_pruning_names_a_weight_that_was_finite_when_it_was_measured(compensation: str) -> None:
     model, calibration = edge("one layer")
     statistics = collect_statistics(model, calibration)
-    plan = make_plan(statistics, backbone_ratio=0.2, bias=compensation == "bias")
+    plan = make_plan(statistics, backbone_ratio=0.2, compensation=compensation)
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(WorkError, match="layer 0: mlp.down_proj.weight holds values that are not finite"):
