@@ -135,15 +135,14 @@ def exact_products(*dtypes: torch.dtype) -> Iterator[None]:
     """Multiply float32 copies of half-precision numbers on tensor cores if that loses no bit of the factors.
 
     A GPU's TF32 keeps the 10 fraction bits of float16 and the range of float32, hence also bfloat16; CPU matrix units
-    take bfloat16. Both sum in float32. For other `dtypes` the precision settings are unchanged; all are restored.
+    take bfloat16. Both sum in float32. For other `dtypes` the factors stay float32, whatever
+    `torch.set_float32_matmul_precision` says. All settings are restored.
     """
     backends: Any = torch.backends
     cuda, cpu = backends.cuda.matmul, backends.mkldnn.matmul
     before = cuda.fp32_precision, cpu.fp32_precision
-    if all(dtype in _HALVES for dtype in dtypes):
-        cuda.fp32_precision = "tf32"
-    if all(dtype == torch.bfloat16 for dtype in dtypes):
-        cpu.fp32_precision = "bf16"
+    cuda.fp32_precision = "tf32" if all(dtype in _HALVES for dtype in dtypes) else "ieee"
+    cpu.fp32_precision = "bf16" if all(dtype == torch.bfloat16 for dtype in dtypes) else "ieee"
     try:
         yield
     finally:

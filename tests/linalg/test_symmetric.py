@@ -77,10 +77,10 @@ def test_products_of_halves_take_their_units_where_those_are_exact(dtype: torch.
     units = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = [unit.fp32_precision for unit in units]
     with pytest.raises(ZeroDivisionError), exact_products(dtype, dtype):
-        assert [unit.fp32_precision for unit in units] == [cuda or before[0], cpu or before[1]]
+        assert [unit.fp32_precision for unit in units] == [cuda or "ieee", cpu or "ieee"]
         raise ZeroDivisionError
     with exact_products(dtype, torch.float32):
-        assert [unit.fp32_precision for unit in units] == before
+        assert [unit.fp32_precision for unit in units] == ["ieee", "ieee"]
     assert [unit.fp32_precision for unit in units] == before
 
 
@@ -114,3 +114,22 @@ def test_what_is_not_positive_definite_is_told(block: int) -> None:
     for work in (cholesky_, invert_):
         with pytest.raises(torch.linalg.LinAlgError):
             work(matrix.clone())
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_float32_factors_are_not_rounded_whatever_the_precision_of_the_model(precision: str) -> None:
+    x = torch.randn(256, 96, generator=torch.Generator().manual_seed(0))
+    expected, found = torch.zeros(96, 96), torch.zeros(96, 96)
+    add_gram_(expected, x)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        settings = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+        assert settings != ("ieee", "ieee")
+        with exact_products(torch.float32):
+            assert torch.backends.cuda.matmul.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+        assert settings == (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
+        add_gram_(found, x)
+        assert torch.equal(found, expected)
+    finally:
+        torch.set_float32_matmul_precision(before)
