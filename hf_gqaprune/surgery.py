@@ -11,7 +11,7 @@ import torch
 from .compensation import natural_gradient_steps, refit_columns, refit_on_pruned_prefix
 from .data import HELD_OUT_EVERY
 from .dependency_graph import UnitSlices, trace_units
-from .errors import UsageError, unknown
+from .errors import UsageError, WorkError, unknown
 from .models import (
     BLOCK_MODULES,
     OUTPUT_PROJECTION,
@@ -145,7 +145,10 @@ def prune_layer(
             continue
         weight = state[f"{name}.weight"]
         if name in refit:
-            weight = refit_columns(weight, refit[name], index)
+            try:
+                weight = refit_columns(weight, refit[name], index)
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                raise WorkError(f"the moments of {name} are not positive definite: collect the statistics again") from error
         elif len(index) < weight.shape[dim]:
             weight = weight.index_select(dim, index.to(weight.device))
         elif clone:
@@ -186,9 +189,14 @@ def check_compensation(compensation: str, plan: PruningPlan, statistics: Statist
         raise UsageError(f"compensation {compensation} needs statistics with moments: pass them, or compensation='none'")
     if statistics.source != plan.source:
         raise UsageError("the statistics were collected on a model of other sizes than the plan's")
+    check_moments(compensation, statistics)
+    check_windows(compensation, 0 if statistics.calibration is None else len(statistics.calibration.ids))
+
+
+def check_moments(compensation: str, statistics: Statistics) -> None:
+    """Raise [`UsageError`] unless every block has moments."""
     if not all(block.has_moments for block in statistics.blocks.values()):
         raise UsageError(f"compensation {compensation} needs moments, and these statistics were made without calibration")
-    check_windows(compensation, 0 if statistics.calibration is None else len(statistics.calibration.ids))
 
 
 def check_windows(compensation: str, windows: int) -> None:

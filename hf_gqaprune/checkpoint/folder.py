@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
 
 from ..data import demo_model_path
 from ..errors import UsageError
@@ -130,9 +135,10 @@ class ModelFolder:
         if place != CPU:
             # directly to the device, without a full copy on the CPU
             options.setdefault("device_map", "auto" if device in (None, AUTO) else {"": place})
-        model, info = AutoModelForCausalLM.from_pretrained(
-            self.path, config=self.config, dtype=dtype, output_loading_info=True, **options
-        )
+        options |= {"config": self.config, "dtype": dtype, "output_loading_info": True}
+        with _with_metadata(self.path) as path:
+            model, info = AutoModelForCausalLM.from_pretrained(path, **options)
+        model.name_or_path = model.config.name_or_path = os.fspath(self.path)
         # transformers initializes missing weights at random
         if missing := sorted(info["missing_keys"]):
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -168,6 +174,22 @@ def resolve_model(model: str | os.PathLike[str] | ModelFolder) -> ModelFolder:
     if path.is_absolute() or str(model).count("/") > 1 or str(model).startswith("."):
         raise UsageError(f"no such model folder: {model}")
     return ModelFolder(_download(str(model)))
+
+
+@contextmanager
+def _with_metadata(folder: Path) -> Iterator[Path]:
+    """Yield `folder`, or links to its files with an index that has the `metadata` which transformers does not do without."""
+    index = folder / INDEX
+    data = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    if "metadata" in data or "weight_map" not in data:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in folder.iterdir():
+            if path != index:
+                Path(scratch, path.name).symlink_to(path.absolute())
+        Path(scratch, INDEX).write_text(json.dumps({"metadata": {}, **data}), encoding="utf-8")
+        yield Path(scratch)
 
 
 def _heads_differ(checkpoint: Checkpoint) -> bool:

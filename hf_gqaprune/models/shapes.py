@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from .blocks import KINDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -87,6 +88,11 @@ class ModelShape:
     def channel_parameters(self) -> int:
         """Return the parameters of one FFN channel: rows of `gate_proj` and `up_proj`, column of `down_proj`."""
         return 3 * self.hidden_size + 2 * self.mlp_bias
+
+    @property
+    def blocks(self) -> list[Key]:
+        """`(layer, kind)` of every block that is present."""
+        return [(index, kind) for index, layer in enumerate(self.layers) for kind in KINDS if kind not in layer.skip]
 
     def attention_parameters(self, layer: LayerShape) -> int:
         """Return the parameters of the attention block of `layer`, its norm included (0 if absent)."""

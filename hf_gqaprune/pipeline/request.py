@@ -16,7 +16,7 @@ from ..plan import PruningPlan
 from ..selection import Budget, check_budget
 from ..statistics import CRITERIA, Statistics
 from ..streaming import Layers, Workload, check_gpu_memory, check_memory_bound
-from ..surgery import check_windows
+from ..surgery import check_moments, check_windows
 from ..utils import AUTO, compute_dtype, distributed, parse_size, select_device
 
 #: the criterion that is measured for a saved plan, which needs no curves, only the moments of a refit
@@ -105,6 +105,8 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
         samples, seq_len = request.calibration.samples, _seq_len(request, source)
         texts = load_weighted_texts(request.calibration.data)
     if refit:
+        if statistics is not None:
+            check_moments(request.compensation, statistics)
         check_windows(request.compensation, samples)
     pass_rule = CRITERIA[FOR_REFITTING if replayed else criterion]
     rule = pass_rule if statistics is None and (not replayed or refit) else None

@@ -181,7 +181,10 @@ class MomentHooks:
     def statistics(self, rule: Criterion, seed: int) -> BlockStatistics:
         """Return the block's removal curve, and its moments if they were accumulated; `weight` is left unset."""
         block = self.block(seed)
-        curve = rule.curve(block)
+        try:
+            curve = rule.curve(block)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise WorkError(f"layer {self.layer} {self.kind}: second moments are not positive definite: {error}") from error
         if not bool(torch.isfinite(curve.cost).all()):
             raise WorkError(f"layer {self.layer} {self.kind}: the criterion returned costs that are not finite")
         return BlockStatistics(self.layer, self.kind, curve, block.moments)

@@ -71,7 +71,7 @@ class Criterion:
 
 def random(block: Block) -> Curve:
     """Draw uniformly random scores, the baseline of every other criterion."""
-    generator = torch.Generator().manual_seed(block.seed * 1_000_003 + block.layer * 2 + (block.kind == "mlp"))
+    generator = torch.Generator().manual_seed((block.seed * 1_000_003 + block.layer * 2 + (block.kind == "mlp")) % (1 << 63))
     return Curve.from_scores(torch.rand(len(block.columns), generator=generator, dtype=torch.float64))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class BlockStatistics:
         path = block_file(folder, layer, kind)
         if not path.exists():
             raise UsageError(f"statistics are incomplete: {path} is missing")
-        with safe_open(path, framework="pt") as file:
+        with _damage_told(path), safe_open(path, framework="pt") as file:
             curve = Curve(file.get_tensor("order"), file.get_tensor("cost"))
             stored = path if "inputs" in file.keys() else None  # noqa: SIM118
             return BlockStatistics(layer, kind, curve, stored, (file.metadata() or {}).get("weight"))
@@ -145,21 +146,39 @@ class Statistics:
         root = Path(folder)
         try:
             head = json.loads((root / "statistics.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise UsageError(f"{root} holds no readable statistics.json: {error}") from error
-        if head.get("version") != VERSION:
-            raise UsageError(f"{root}: statistics of version {head.get('version')!r}, this release reads {VERSION}")
-        blocks = {}
-        for layer, kind in head["blocks"]:
-            blocks[layer, kind] = BlockStatistics.open(root, layer, kind)
-        calibration = None
-        if head["calibration"] is not None:
-            ids = load_file(root / "calibration.safetensors")["ids"]
-            sources = tuple(Source(**source) for source in head["calibration"]["sources"])
-            calibration = Calibration(ids, sources, head["calibration"]["seed"])
-        source = dict(head["source"])
-        source["layers"] = tuple(LayerShape(**layer) for layer in source["layers"])
-        return Statistics(ModelShape(**source), head["criterion"], blocks, calibration, head["seed"])
+        with _damage_told(root / "statistics.json"):
+            if head.get("version") != VERSION:
+                raise UsageError(f"{root}: statistics of version {head.get('version')!r}, this release reads {VERSION}")
+            source = dict(head["source"])
+            source["layers"] = tuple(LayerShape(**layer) for layer in source["layers"])
+            shape, criterion, seed = ModelShape(**source), str(head["criterion"]), int(head["seed"])
+            keys = [(int(layer), str(kind)) for layer, kind in head["blocks"]]
+            if set(keys) != set(shape.blocks):
+                raise ValueError("its blocks are not those of its model")
+            calibration = None
+            if head["calibration"] is not None:
+                sources = tuple(Source(**entry) for entry in head["calibration"]["sources"])
+                with _damage_told(root / "calibration.safetensors"):
+                    ids = load_file(root / "calibration.safetensors")["ids"]
+                calibration = Calibration(ids, sources, int(head["calibration"]["seed"]))
+        blocks = {(layer, kind): BlockStatistics.open(root, layer, kind) for layer, kind in keys}
+        return Statistics(shape, criterion, blocks, calibration, seed)
+
+
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """Raise [`UsageError`] naming `path` for whatever reading a damaged file of statistics raises."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except UsageError:
+        raise
+    except (OSError, SafetensorError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"the statistics are damaged, {path}: {reason}: collect them again") from error
 
 
 def weight_digest(weight: torch.Tensor) -> str | None:
@@ -203,7 +222,7 @@ def write_block(tensors: Mapping[str, torch.Tensor], block: BlockStatistics, fol
 def _read_moments(path: Path, device: torch.device) -> Moments:
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
+    with _damage_told(path), safe_open(path, framework="pt") as file:
         gradients = _square(file.get_tensor("gradients").to(device)) if "gradients" in file.keys() else None  # noqa: SIM118
         inputs = _square(file.get_tensor("inputs").to(device))
         return Moments(int(file.get_tensor("tokens")), inputs, file.get_tensor("input_mean").to(device), gradients)

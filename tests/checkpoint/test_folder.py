@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -109,3 +110,16 @@ def test_an_adapter_is_refused_with_the_command_that_merges_it(tied: Path, tmp_p
         with pytest.raises(UsageError, match="holds a LoRA adapter: merge it first"):
             call()
     assert not (tmp_path / "out").exists()
+
+
+def test_an_index_needs_no_metadata(tied: Path, tmp_path: Path) -> None:
+    model = resolve_model(tied).load()
+    model.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+    loaded = resolve_model(tmp_path / "shards").load()
+    assert loaded.name_or_path == str(tmp_path / "shards")
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    plan = PruningPlan.keep_all(loaded.config)
+    out = prune_checkpoint(tmp_path / "shards", plan, tmp_path / "out")
+    assert torch.equal(resolve_model(out).load()(token_ids()).logits, model(token_ids()).logits)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from support.costs import refit_cost
 from support.tiny import tiny_llama, token_ids
 from torch.nn import functional as F
@@ -281,7 +284,7 @@ def test_statistics_round_trip_exactly(tmp_path: Path, criterion: str) -> None:
     model = tiny_llama(layers=2)
     plan = make_plan(statistics, backbone_ratio=0.3)
     assert make_plan(loaded, backbone_ratio=0.3).to_json() == plan.to_json()
-    one, two = prune(model, plan, statistics).state_dict(), prune(model, plan, loaded).state_dict()
+    one, two = (prune(model, plan, s, compensation="least_squares").state_dict() for s in (statistics, loaded))
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
@@ -300,7 +303,7 @@ def test_statistics_folders_are_refused_when_broken(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no readable statistics.json"):
         Statistics.load(tmp_path / "absent")
     (folder / "statistics.json").write_text('{"version": 7}', encoding="utf-8")
-    with pytest.raises(UsageError, match="statistics of version 7, this release reads 3"):
+    with pytest.raises(UsageError, match="statistics of version 7, this release reads 4"):
         Statistics.load(folder)
 
 
@@ -328,7 +331,7 @@ def test_one_pass_serves_any_number_of_plans() -> None:
     ]
     plans = [make_plan(statistics, **demand) for demand in demands]
     for plan in plans:
-        prune(model, plan, statistics)
+        prune(model, plan, statistics, compensation="least_squares")
     assert len({plan.to_json() for plan in plans}) == len(plans)
     assert [make_plan(statistics, **demand) for demand in reversed(demands)] == plans[::-1]
     for key, block in untouched.blocks.items():
@@ -382,7 +385,7 @@ def test_a_block_without_any_activity_can_be_removed_and_refitted() -> None:
     statistics = collect_statistics(model, Calibration.from_ids(token_ids()))
     assert bool(torch.isfinite(statistics.blocks[0, "mlp"].curve.cost).all())
     plan = make_plan(statistics, backbone_ratio=0.2)
-    assert all(torch.isfinite(tensor).all() for tensor in prune(model, plan, statistics).state_dict().values())
+    assert all(torch.isfinite(tensor).all() for tensor in prune(model, plan, statistics, compensation="least_squares").state_dict().values())
 
 
 def test_too_few_tokens_for_the_widest_ffn_are_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -392,3 +395,48 @@ def test_too_few_tokens_for_the_widest_ffn_are_said(caplog: pytest.LogCaptureFix
     collect_statistics(model, Calibration.from_ids(token_ids(4, 11)), criterion="curvature")
     assert len(caplog.messages) == 1
     assert "44 calibration tokens" in caplog.text and "12 channels" in caplog.text and "at least 48" in caplog.text
+
+
+def replaced(path: Path, key: str, value: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+
+
+DAMAGE = {
+    "a list": lambda f: (f / "statistics.json").write_text("[]"),
+    "no blocks": lambda f: replaced(f / "statistics.json", "blocks", None),
+    "a block less": lambda f: replaced(f / "statistics.json", "blocks", [[0, "mlp"]]),
+    "no such block": lambda f: replaced(f / "statistics.json", "blocks", [[0, "mlp"], [7, "nose"]]),
+    "a layer without sizes": lambda f: replaced(f / "statistics.json", "source", {"layers": [{}]}),
+    "unknown source": lambda f: replaced(f / "statistics.json", "calibration", {"seed": 0, "sources": [{"nome": 1}]}),
+    "no windows": lambda f: (f / "calibration.safetensors").unlink(),
+    "cut windows": lambda f: (f / "calibration.safetensors").write_bytes(b"\x10"),
+    "a cut block": lambda f: (f / "layer-001.mlp.safetensors").write_bytes(b"\x10" * 30),
+    "a block without a curve": lambda f: save_file({"inputs": torch.ones(3)}, f / "layer-000.attention.safetensors"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_statistics_are_named(damage: str, tmp_path: Path) -> None:
+    collected("curvature").save(tmp_path / "statistics")
+    DAMAGE[damage](tmp_path / "statistics")
+    with pytest.raises(UsageError, match=re.escape(str(tmp_path / "statistics"))):
+        Statistics.load(tmp_path / "statistics")
+
+
+def test_damaged_moments_are_named_when_they_are_read(tmp_path: Path) -> None:
+    dense = tiny_llama()
+    statistics = collect_statistics(dense, Calibration.from_ids(token_ids(8, 12)))
+    plan = make_plan(statistics, backbone_ratio=0.3)
+    statistics.save(tmp_path / "statistics")
+    for path in (tmp_path / "statistics").glob("layer-*"):
+        tensors = load_file(path)
+        save_file({**tensors, "inputs": -tensors["inputs"]}, path)
+    with pytest.raises(WorkError, match="the moments of (self_attn.o_proj|mlp.down_proj) are not positive definite"):
+        prune(dense, plan, Statistics.load(tmp_path / "statistics"))
+
+
+@pytest.mark.parametrize("seed", [20240101123456, 2**64])
+def test_any_seed_makes_a_random_plan(seed: int) -> None:
+    dense = tiny_llama()
+    plans = [make_plan(collect_statistics(dense, criterion="random", moments=False, seed=s), ratio=0.1) for s in (seed, 1)]
+    assert plans[0] != plans[1]
