@@ -24,7 +24,7 @@ import hf_gqaprune as gp
 from hf_gqaprune.data.text import Text, load_text
 from hf_gqaprune.data.windows import split_batches
 from hf_gqaprune.evaluation.perplexity import evaluate_perplexity
-from hf_gqaprune.evaluation.report import count_parameters, versions
+from hf_gqaprune.evaluation.report import versions
 from hf_gqaprune.plan import LayerPlan, PruningPlan
 from hf_gqaprune.utils.files import write_json
 
@@ -111,7 +111,7 @@ def measure(folder: Path, texts: list[Text], seq_len: int) -> dict[str, object]:
     """Perplexities and parameters of a checkpoint."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     results = {text.name: evaluate_perplexity(model, tokenizer, text, seq_len=seq_len).to_dict() for text in texts}
-    return {"parameters": count_parameters(model), "perplexity": results}
+    return {"parameters": model.num_parameters(), "perplexity": results}
 
 
 def table(rows: dict[str, dict]) -> str:

@@ -26,7 +26,7 @@ from hf_gqaprune.data.text import load_text
 from hf_gqaprune.evaluation.perplexity import evaluate_perplexity
 from hf_gqaprune.evaluation.report import versions
 from hf_gqaprune.pipeline.prune import prune_model
-from hf_gqaprune.trainer.blockwise import EPOCHS, reconstruct
+from hf_gqaprune.trainer.blockwise import EPOCHS, fit_blocks
 from hf_gqaprune.trainer.models import lora_config
 from hf_gqaprune.utils.files import write_json
 
@@ -61,7 +61,7 @@ def blockwise(job: Job) -> Any:
     torch.manual_seed(job.seed)
     base = AutoModelForCausalLM.from_pretrained(job.start)
     model = get_peft_model(base, lora_config(base, RecoveryConfig.from_preset()))
-    reconstruct(model, AutoModelForCausalLM.from_pretrained(job.dense), ids, rows=16, seed=job.seed)
+    fit_blocks(model, AutoModelForCausalLM.from_pretrained(job.dense), ids, rows=16, seed=job.seed)
     return model.merge_and_unload()
 
 

@@ -26,7 +26,7 @@ from hf_gqaprune.compensation.least_squares import ResidualStreams
 from hf_gqaprune.data.text import load_text
 from hf_gqaprune.data.windows import refit_batches, split_batches
 from hf_gqaprune.evaluation.perplexity import evaluate_perplexity
-from hf_gqaprune.evaluation.report import count_parameters, versions
+from hf_gqaprune.evaluation.report import versions
 from hf_gqaprune.models.build import assemble, config_of_layers
 from hf_gqaprune.models.decoder import DecoderInputs
 from hf_gqaprune.plan import PruningPlan
@@ -277,7 +277,7 @@ def main() -> None:
                 pruned = METHODS[method](source, ratio)
                 seconds = time.perf_counter() - start
                 ratios = {name: value / whole[name] for name, value in perplexities(pruned).items()}
-                row = {"method": method, "ratio": ratio, "seed": seed, "parameters": count_parameters(pruned)}
+                row = {"method": method, "ratio": ratio, "seed": seed, "parameters": pruned.num_parameters()}
                 rows.append(row | {"ratios": ratios, "seconds": round(seconds, 1)})
                 write_json(args.output, {"settings": settings, "dense": whole, "versions": versions(), "rows": rows})
                 print(json.dumps(rows[-1]), flush=True)

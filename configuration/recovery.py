@@ -76,6 +76,9 @@ class RecoveryConfig(Settings):
         check=at_least(1),
     )
     device_tokens: int = setting(default=4096, help="tokens per forward pass on one device", check=at_least(1))
+    threads: int | None = setting(
+        default=None, help="CPU threads of each process (default: cores / processes)", check=at_least(1)
+    )
     packing: bool = setting(default=True, help="put several examples into one row; they do not see each other")
     streaming: bool = setting(default=False, help="read datasets while they download, no further than max_tokens asks")
     split: str = setting(default="train", help="split of datasets; the evaluation split is refused", check=_training_split)
@@ -97,7 +100,7 @@ class RecoveryConfig(Settings):
     )
     evaluations: int = setting(default=5, help="how often held-out perplexity is measured", check=at_least(1))
     patience: int | None = setting(
-        default=None, help="stop after so many evaluations without improvement, and keep the best weights", check=at_least(1)
+        default=None, help="stop after so many evaluations without improvement", check=at_least(1)
     )
     checkpoints: int = setting(
         default=5, help="checkpoints written in the course of the training; the last two are kept", check=at_least(1)

@@ -1,4 +1,4 @@
-"""A checkpoint folder in, a repository on the Hub out: what belongs to it, whether it is whole, and the push."""
+"""Verify a checkpoint folder and push it to the Hub."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
 
+from .checkpoint import CARRIED_FILES
 from .errors import UsageError, WorkError
 from .model_cards import (
     UNKNOWN,
@@ -29,31 +30,26 @@ from .model_cards import (
 from .models import LayerShape, layer_shapes
 from .plan import PruningPlan
 
-#: besides the weights and the code that `auto_map` names, these are sent and nothing else
-_SENT = (
-    *("config.json", "generation_config.json", "prune_plan.json", "gqaprune.json", "recipe.yaml", "report.json"),
-    *("README.md", "NOTICE*", "LICENSE*", "USE_POLICY*", "*.png"),
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja"),
-)
-#: one of these is there wherever a tokenizer is
+#: files that are sent besides the weights and the code that `auto_map` names
+_SENT = (*CARRIED_FILES, "config.json", "prune_plan.json", "gqaprune.json", "report.json", "README.md", "*.png")
+#: every tokenizer has one of these files
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-#: files of ours, and of the tokenizer, in which a local path could hide
+#: files that might contain a local path
 _CHECKED_FOR_PATHS = ("config.json", "tokenizer_config.json", "gqaprune.json", "report.json", "recipe.yaml")
-#: weights that an earlier push may have left and that `from_pretrained` would still find
+#: weights of an earlier push that `from_pretrained` would still find
 _REMOTE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*")
-#: names that `files.py` and download tools give to what is not finished
+#: names that `utils.files` and download tools give to unfinished files
 _UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}|.+\.(incomplete|tmp|part|lock)")
 _LLAMA_NAME = re.compile(r"(?<![a-z])llama[-_.]?[234]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a push sends.
+    """Files that a push sends.
 
     Attributes:
         files: `(path in the repository, bytes)`, sorted by path.
-        left_out: names of the folder's other entries, which stay here.
+        left_out: names of the folder's other entries, which are not sent.
     """
 
     files: tuple[tuple[str, int], ...]
@@ -61,7 +57,7 @@ class Bundle:
 
     @property
     def size(self) -> int:
-        """Bytes in all."""
+        """Total size in bytes."""
         return sum(size for _, size in self.files)
 
     def __str__(self) -> str:
@@ -72,9 +68,9 @@ class Bundle:
 
 
 def bundle(folder: str | os.PathLike[str]) -> Bundle:
-    """The files of `folder` that make the checkpoint: weights, config, code, tokenizer, plan, report, card, licence.
+    """List the files of `folder` that make up the checkpoint: weights, config, code, tokenizer, plan, report, card, licence.
 
-    Everything else stays here: optimizer states, training checkpoints, adapters, the base model's local path.
+    Everything else is left out: optimizer states, training checkpoints, adapters, the base model's local path.
 
     Raises:
         UsageError: there is no config.
@@ -82,7 +78,7 @@ def bundle(folder: str | os.PathLike[str]) -> Bundle:
     folder = Path(folder)
     names = {path.relative_to(folder).as_posix() for pattern in _SENT for path in folder.glob(pattern)}
     names |= {WEIGHTS, INDEX, *_shards(folder), *_code_files(folder)}
-    # an index may name anything; only what lies inside the folder can be part of it
+    # an index may name any path; only files inside the folder are sent
     inside = (name for name in names if ".." not in (path := PurePosixPath(name)).parts and not path.is_absolute())
     files = sorted((name, (folder / name).stat().st_size) for name in inside if (folder / name).is_file())
     kept = {name.partition("/")[0] for name, _ in files}
@@ -91,10 +87,11 @@ def bundle(folder: str | os.PathLike[str]) -> Bundle:
 
 
 def verify(folder: str | os.PathLike[str]) -> list[str]:
-    """Problems that would make the checkpoint in `folder` fail, or be something else than its plan says; else `[]`.
+    """List problems that would keep the checkpoint in `folder` from loading, or from matching its plan; `[]` for none.
 
-    Every tensor that the model of `config.json` has must be there in its shape, and no other: the model is built on
-    the meta device and only the headers of the weights are read. So must a tokenizer, where a card of our template loads one.
+    The weights must hold exactly the tensors of the model that `config.json` describes, in their shapes: the model is built
+    on the meta device, and only the headers of the weights are read. If a card of our template loads a tokenizer, there must
+    be one.
     """
     folder = Path(folder)
     try:
@@ -103,10 +100,10 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
         return [str(error)]
     unfinished = sorted(path.name for path in folder.iterdir() if _UNFINISHED.fullmatch(path.name))
     problems = [f"{name} is left from an unfinished write" for name in unfinished]
-    lost = [name for name in _auto_map(config) if not (folder / name).is_file()]
-    problems += [f"auto_map names {name}, which is missing" for name in lost]
+    missing = [name for name in _auto_map(config) if not (folder / name).is_file()]
+    problems += [f"auto_map names {name}, which is missing" for name in missing]
     if _loads_from(folder) and not any((folder / name).is_file() for name in _TOKENIZERS):
-        problems.append("README.md loads a tokenizer, and there is none: save it beside the weights")
+        problems.append("README.md loads a tokenizer, but there is none: save it beside the weights")
     stored, damaged = _stored_shapes(folder)
     problems += damaged
     return problems or _model_problems(folder, config, stored)
@@ -127,19 +124,19 @@ def push(
     Weights of an earlier push that the new checkpoint does not have are deleted in the same commit.
 
     Args:
-        repo_id: `ORG/NAME` or `NAME`, created where it does not exist.
-        private: create it private; refused where it exists and is public.
-        dry_run: ask the Hub nothing, send nothing.
-        token: `None`: that of `hf auth login` or `HF_TOKEN`.
-        revision: branch, created where it does not exist; `None`: main.
+        repo_id: `ORG/NAME` or `NAME`, created if it does not exist.
+        private: create a private repository; refused if the repository exists and is public.
+        dry_run: contact no server and send nothing.
+        token: None: the token of `hf auth login` or `HF_TOKEN`.
+        revision: branch, created if it does not exist; None: main.
 
     Returns:
         The address of the repository; with `dry_run` the list of files and bytes that would be sent.
 
     Raises:
-        UsageError: no such folder, not a whole checkpoint, no card, one of our template that loads from another id, a
-            bad id, a Llama licence whose terms are not met, a local path in a file that would be sent, no token or one
-            without write access.
+        UsageError: the folder does not exist, is not a complete checkpoint, has no card, has a card of our template that
+            loads from another id or has a file with a local path, the id is invalid, the terms of a Llama licence are not
+            met, or there is no token with write access.
         WorkError: the Hub could not be reached or failed; nothing was published.
     """
     folder = Path(folder)
@@ -164,6 +161,7 @@ def push(
         names = {name for name, _ in sent.files}
         remote = api.list_repo_files(address.repo_id, revision=revision)
         stale = [name for name in remote if name not in names and any(fnmatch(name, p) for p in _REMOTE_WEIGHTS)]
+        # not `upload_folder`, which commits a large folder in several parts
         api.create_commit(
             address.repo_id,
             [*(CommitOperationAdd(name, folder / name) for name, _ in sent.files), *map(CommitOperationDelete, stale)],
@@ -172,7 +170,7 @@ def push(
         )
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
-            raise UsageError(f"the token may not write to {repo_id}: use one that may (`hf auth login`)") from error
+            raise UsageError(f"the token has no write access to {repo_id}: use one that has (`hf auth login`)") from error
         raise _interrupted(folder, repo_id, private, error) from error
     except (HTTPError, OSError) as error:
         raise _interrupted(folder, repo_id, private, error) from error
@@ -187,15 +185,15 @@ def _interrupted(folder: Path, repo_id: str, private: bool, error: Exception) ->
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return WorkError(
         f"push to {repo_id} failed ({reason}); nothing was published: run `gqaprune push {folder} {repo_id}"
-        f"{' --private' if private else ''}` again, what was uploaded is not sent twice"
+        f"{' --private' if private else ''}` again, uploaded files are not sent twice"
     )
 
 
-# --- before anything is sent
+# --- checks before anything is sent
 
 
 def _check_request(folder: Path, repo_id: str) -> None:
-    """Raise [`UsageError`] unless `folder` may become `repo_id`."""
+    """Raise [`UsageError`] unless `folder` may be published as `repo_id`."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -210,7 +208,7 @@ def _check_request(folder: Path, repo_id: str) -> None:
     _check_license(folder, repo_id)
     if problems := verify(folder):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UsageError(f"{folder} is not a whole checkpoint: {problems[0]}{more}")
+        raise UsageError(f"{folder} is not a complete checkpoint: {problems[0]}{more}")
     for name in _CHECKED_FOR_PATHS:
         if (folder / name).is_file():
             read = yaml.safe_load if name.endswith(".yaml") else json.loads
@@ -224,13 +222,13 @@ def _check_request(folder: Path, repo_id: str) -> None:
 
 
 def _loads_from(folder: Path) -> str | None:
-    """What the card in `folder` loads, if it is of our template."""
+    """Return the id that the card in `folder` loads from, None for a card that is not of our template."""
     card = folder / "README.md"
     return loads_from(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
 
 
 def _check_license(folder: Path, repo_id: str) -> None:
-    """Raise [`UsageError`] unless there is a card and the terms of a Llama licence are met."""
+    """Raise [`UsageError`] unless there is a card and it meets the terms of a Llama licence."""
     if not (folder / "README.md").is_file():
         raise UsageError(f"{folder} has no README.md: write it with `gqaprune card {folder} --base-model ID`")
     metadata = card_metadata(folder)
@@ -238,21 +236,21 @@ def _check_license(folder: Path, repo_id: str) -> None:
         metadata["license"] = license_of_text(folder) or UNKNOWN
         bases = metadata.get("base_model") or folder.resolve().name
         if metadata["license"] == UNKNOWN and _LLAMA_NAME.search(str(bases)):
-            raise UsageError(f"the licence of {bases} is not known: say it with `gqaprune card --license`")
+            raise UsageError(f"the licence of {bases} is not known: pass it to `gqaprune card --license`")
     terms = llama_terms(metadata)
     if terms is None:
         return
     objection = terms.objection(repo_id)
-    lacking = [objection] if objection else []
+    violations = [objection] if objection else []
     missing = [f for f in ("LICENSE", "USE_POLICY", "NOTICE") if not any(p.is_file() for p in folder.glob(f"{f}*"))]
     if missing:
-        lacking.append(f"{folder} needs {', '.join(missing)} (from the base model; `gqaprune card` writes NOTICE)")
-    if lacking:
-        raise UsageError(f"{terms.title}: {'; '.join(lacking)}")
+        violations.append(f"{folder} needs {', '.join(missing)} (from the base model; `gqaprune card` writes NOTICE)")
+    if violations:
+        raise UsageError(f"{terms.title}: {'; '.join(violations)}")
 
 
 def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """`(dotted key, text)` of every text in nested mappings and lists."""
+    """Yield `(dotted key, string)` for every string in nested mappings and lists."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, Mapping):
@@ -266,11 +264,11 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 def _is_local_path(text: str) -> bool:
     if text.startswith("~/") or PureWindowsPath(text).is_absolute():
         return "\n" not in text
-    # one component, such as "/b", may as well be a token
+    # a single component, such as "/b", could be a token
     return text.startswith("/") and len(PurePosixPath(text).parts) > 2 and "\n" not in text
 
 
-# --- what lies in the folder
+# --- contents of the folder
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -281,12 +279,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"config.json is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise UsageError("config.json holds no JSON object")
+        raise UsageError("config.json is not a JSON object")
     return config
 
 
 def _shards(folder: Path) -> dict[str, list[str]]:
-    """Shard file -> names of the tensors that the index puts there; empty without an index."""
+    """Map each shard to the tensors that the index places in it; empty without an index."""
     if not (folder / INDEX).is_file():
         return {}
     try:
@@ -300,12 +298,12 @@ def _shards(folder: Path) -> dict[str, list[str]]:
 
 
 def _stored_shapes(folder: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """Shape of every stored tensor, from the headers, and what is wrong with the files."""
+    """Return the shape of every stored tensor, from the headers, and the problems of the files."""
     from safetensors import SafetensorError, safe_open
 
     single, shards = (folder / WEIGHTS).is_file(), _shards(folder)
     if single and (folder / INDEX).exists():
-        return {}, [f"both {WEIGHTS} and {INDEX} are there: one is left from another checkpoint"]
+        return {}, [f"both {WEIGHTS} and {INDEX} exist: one is left from another checkpoint"]
     if not single and not shards:
         if (folder / INDEX).exists():
             return {}, [f"{INDEX} holds no weight_map"]
@@ -324,20 +322,19 @@ def _stored_shapes(folder: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]
         except (SafetensorError, OSError) as error:
             problems.append(f"{file} is damaged: {error}")
             continue
-        lost = sorted(set(tensors) - found.keys())
-        problems += [f"{INDEX} puts {name} in {file}, which does not hold it" for name in lost]
+        problems += [f"{INDEX} places {name} in {file}, which lacks it" for name in sorted(set(tensors) - found.keys())]
         shapes |= found
     return shapes, problems
 
 
 def _auto_map(config: Mapping[str, Any]) -> list[str]:
-    """Code files in the folder that `auto_map` names (classes in other repositories have `--` in their name)."""
+    """List the code files that `auto_map` names in this folder (classes in other repositories have `--` in their name)."""
     references = (config.get("auto_map") or {}).values()
     return sorted({f"{reference.partition('.')[0]}.py" for reference in references if "--" not in reference})
 
 
 def _code_files(folder: Path) -> set[str]:
-    """The code that `auto_map` names, and what it imports from the folder."""
+    """Return the code files that `auto_map` names and the files they import from the folder."""
     from transformers.dynamic_module_utils import get_relative_import_files
 
     files = {folder / name for name in _auto_map(_read_config(folder))}
@@ -346,7 +343,7 @@ def _code_files(folder: Path) -> set[str]:
 
 
 def _model_problems(folder: Path, config_data: Mapping[str, Any], stored: dict[str, tuple[int, ...]]) -> list[str]:
-    """How the stored tensors differ from the model of the config, and the config from the plan."""
+    """List how the stored tensors differ from the model of the config, and the config from the plan."""
     import torch
     import transformers
 
@@ -357,14 +354,14 @@ def _model_problems(folder: Path, config_data: Mapping[str, Any], stored: dict[s
         with torch.device("meta"):
             auto_class = getattr(transformers, head(config_data)[1])
             model = auto_class.from_config(config, trust_remote_code=False)
-    except Exception as error:  # whatever a config makes transformers raise is a problem of this config
-        return [f"config.json does not make a model: {' '.join(str(error).split())}"]
+    except Exception as error:  # whatever transformers raises, the cause is this config
+        return [f"config.json does not describe a model: {' '.join(str(error).split())}"]
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    absent = expected.keys() - stored.keys() - model.all_tied_weights_keys.keys()
-    problems = [f"the weights lack {name}" for name in sorted(absent)]
-    problems += [f"the weights hold {name}, unknown to the model" for name in sorted(stored.keys() - expected.keys())]
+    missing = expected.keys() - stored.keys() - model.all_tied_weights_keys.keys()
+    problems = [f"the weights lack {name}" for name in sorted(missing)]
+    problems += [f"the weights contain {name}, which the model does not have" for name in sorted(stored.keys() - expected)]
     problems += [
-        f"{name} is {stored[name]}, the model of config.json has {expected[name]}"
+        f"{name} has shape {stored[name]}, in the model of config.json {expected[name]}"
         for name in sorted(stored.keys() & expected.keys())
         if stored[name] != expected[name]
     ]
@@ -372,7 +369,7 @@ def _model_problems(folder: Path, config_data: Mapping[str, Any], stored: dict[s
 
 
 def _plan_problems(folder: Path, config: Any) -> list[str]:
-    """Where the sizes of the config are not those that the plan leaves."""
+    """List layers whose sizes in the config differ from those in the plan."""
     if not (folder / "prune_plan.json").is_file():
         return ["no prune_plan.json"] if config.model_type == "pruned_llama" else []
     try:

@@ -1,4 +1,4 @@
-"""A checkpoint's own files in, its model card out: nothing on the card is typed by hand or measured elsewhere."""
+"""Write a model card from the files of its checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .licenses import inherited, is_hub_id, llama_terms
 
 #: named datasets -> id and config on the Hub
 _DATASETS = {"wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"), "ptb": ("ptb-text-only/ptb_text_only", None)}
-#: what the class name of a model ends with -> (pipeline tag, Auto class)
+#: suffix of a model's class name -> (pipeline tag, Auto class)
 _HEADS = {
     "ForCausalLM": ("text-generation", "AutoModelForCausalLM"),
     "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
@@ -38,7 +38,7 @@ _SIZES = (
     ("KV cache, bytes per token", "kv_bytes_per_token"),
     ("FLOPs per token", "flops_per_token"),
 )
-#: what two measurements of one dataset must share to be comparable
+#: fields that must agree for two perplexities to be comparable
 _CONDITIONS = ("split", "seq_len", "stride", "bos", "tokens", "text_sha256")
 
 
@@ -50,19 +50,19 @@ def create_model_card(
     name: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write `folder/README.md` from the files in `folder`, and `NOTICE` where a Llama licence asks for one.
+    """Write `folder/README.md` from the files in `folder`, and `NOTICE` if a Llama licence requires one.
 
-    Reads `config.json` and `prune_plan.json`, and where they exist `report.json`, `recipe.yaml`, `gqaprune.json`,
+    Reads `config.json` and `prune_plan.json`, and if they exist `report.json`, `recipe.yaml`, `gqaprune.json`,
     `training_log.json` and pictures (`*.png`).
 
     Args:
-        base_model: the dense model, a Hub id or a folder. A folder's name is shown, never its path.
-        license: the licence's id on the Hub; `None`: what the base model's card or licence file says, else "unknown".
-        name: `ORG/NAME` on the Hub, or a bare name; `None`: the folder's.
+        base_model: Hub id or folder of the dense model. Only the name of a folder is shown, never its path.
+        license: id of the licence on the Hub; None: that of the base model's card or licence file, else "unknown".
+        name: `ORG/NAME` on the Hub, or a bare name; None: the folder's name.
         overwrite: replace an existing card.
 
     Raises:
-        UsageError: no such folder or file, a card exists, or the files do not belong together: the report is of
+        UsageError: a folder or file is missing, a card exists, or the files do not belong together: the report is of
             another plan, or its stages were not measured on the same tokens.
     """
     folder = Path(folder)
@@ -78,13 +78,13 @@ def create_model_card(
 
 
 def head(config: Mapping[str, Any]) -> tuple[str, str]:
-    """Pipeline tag and Auto class of the model class that `config.json` names."""
+    """Return pipeline tag and Auto class of the model class in `config.json`."""
     architecture = (config.get("architectures") or ["LlamaForCausalLM"])[0]
     return next((pair for suffix, pair in _HEADS.items() if architecture.endswith(suffix)), _BARE)
 
 
 def _render(folder: Path, base_model: str | os.PathLike[str], stated: dict[str, Any], name: str) -> str:
-    """The text of the card; `stated` is its licence metadata."""
+    """Render the card with `stated` as its licence metadata."""
     config = _read_json(folder / "config.json")
     plan = PruningPlan.load(folder / "prune_plan.json").summary()
     report = _read_json(folder / "report.json") if (folder / "report.json").exists() else {}
@@ -132,7 +132,7 @@ def _render(folder: Path, base_model: str | os.PathLike[str], stated: dict[str, 
         tasks=_task_rows(stages),
         recovered="recovered" in names or log is not None,
         training=_training(log, stages),
-        held_out=[f"{entry['perplexity']:,.2f}" for entry in (log or {}).get("held_out", [])],
+        held_out=_held_out(log or {}),
         calibration=[_source_line(source) for source in report.get("calibration") or known.get("calibration") or []],
         seed=report.get("seed", known.get("seed")),
         compensation=known.get("compensation"),
@@ -148,7 +148,7 @@ def _render(folder: Path, base_model: str | os.PathLike[str], stated: dict[str, 
 
 
 def fill(template: str, **values: Any) -> str:
-    """Fill a Jinja template; a name that is not in `values` raises `jinja2.UndefinedError` (Jinja's default is "")."""
+    """Fill a Jinja template; raise `jinja2.UndefinedError` for a name that is not in `values` (Jinja's default is "")."""
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -163,16 +163,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"{path} is not JSON: {error}") from None
     if not isinstance(data, dict):
-        raise UsageError(f"{path} holds no JSON object")
+        raise UsageError(f"{path} is not a JSON object")
     return data
 
 
 def _check_report(report: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
-    """Raise [`UsageError`] unless the report is of this plan and compares like with like."""
+    """Raise [`UsageError`] unless the report belongs to this plan and its stages are comparable."""
     reported = (report.get("plan") or {}).get("hash", plan["hash"])
     if reported != plan["hash"]:
         raise UsageError(
-            f"report.json is of plan {reported[:12]}, prune_plan.json is {plan['hash'][:12]}: evaluate once more"
+            f"report.json is of plan {reported[:12]}, prune_plan.json is {plan['hash'][:12]}: evaluate again"
         )
     first: dict[str, tuple[str, Any]] = {}
     for stage in report.get("stages", []):
@@ -204,7 +204,7 @@ def _datasets(stages: list[dict[str, Any]]) -> list[str]:
 
 
 def _perplexity_rows(stages: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """One row per dataset: each stage's perplexity, and the last over the first."""
+    """Format one row per dataset: the perplexity of each stage, and the ratio of the last to the first."""
     rows = []
     for dataset in _datasets(stages):
         values = [stage["perplexity"].get(dataset, {}).get("value") for stage in stages]
@@ -226,7 +226,7 @@ def _condition_rows(stages: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _metrics(stage: Mapping[str, Any]) -> dict[tuple[str, str], float]:
-    """`(task, metric) -> value` of lm-eval's results, standard errors left out."""
+    """Map `(task, metric)` to the value of lm-eval, without standard errors."""
     tasks = stage.get("tasks") or {}
     return {
         (task, metric.partition(",")[0]): float(value)
@@ -243,7 +243,7 @@ def _task_rows(stages: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _eval_results(stage: Mapping[str, Any]) -> list[EvalResult] | None:
-    """The final model's results for the `model-index`."""
+    """Return the final model's results for the `model-index`."""
     task: dict[str, Any] = {"task_type": "text-generation", "task_name": "Text Generation"}
     results = []
     for dataset, r in stage["perplexity"].items():
@@ -257,7 +257,7 @@ def _eval_results(stage: Mapping[str, Any]) -> list[EvalResult] | None:
                 dataset_split=r["split"],
                 metric_type="perplexity",
                 metric_name=f"perplexity (seq_len {r['seq_len']}, stride {r['stride']})",
-                # numpy's scalars would be dumped as Python objects
+                # numpy scalars would be dumped as Python objects
                 metric_value=float(r["value"]),
             )
         )
@@ -269,7 +269,7 @@ def _eval_results(stage: Mapping[str, Any]) -> list[EvalResult] | None:
 
 
 def _training(log: Mapping[str, Any] | None, stages: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What recovery trained, from its log; of a report without one the parameters alone. None where nothing trained."""
+    """Summarize recovery from its log, else the trained parameters from the report; None without recovery."""
     if log is None:
         trainable = next((stage["trainable"] for stage in reversed(stages) if stage["trainable"]), None)
         return trainable and {"trainable": trainable, "tokens": None, "teacher": None, "merged": True, "data": []}
@@ -282,10 +282,16 @@ def _training(log: Mapping[str, Any] | None, stages: list[dict[str, Any]]) -> di
     }
 
 
+def _held_out(log: Mapping[str, Any]) -> list[str]:
+    """Format the held-out perplexities before the training and of the weights that were kept; `[]` without held-out rows."""
+    entries = log.get("held_out", [])
+    return [f"{entry['perplexity']:,.2f}" for entry in (entries[0], log.get("kept") or entries[-1])] if entries else []
+
+
 def _source_line(source: Mapping[str, Any]) -> str:
-    """One source of text: its name first, then what else is said of it."""
-    told = {key: value for key, value in source.items() if key != "name" and (key, value) != ("weight", 1.0)}
-    rest = ", ".join(f"{key} {value}" for key, value in told.items())
+    """Format one source of text: its name, followed by its other fields."""
+    details = {key: value for key, value in source.items() if key != "name" and (key, value) != ("weight", 1.0)}
+    rest = ", ".join(f"{key} {value}" for key, value in details.items())
     return f"{source['name']} ({rest})" if rest else str(source["name"])
 
 
@@ -297,7 +303,7 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _settings(recipe_path: Path) -> list[tuple[str, str]]:
-    """Values of the recipe that are not the defaults, flat and in its order."""
+    """List the values of the recipe that differ from the defaults, flattened, in its order."""
     recipe = Recipe.load(recipe_path)
     unchanged = Recipe(recipe.model, recipe.output, prune=recipe.prune).to_dict()
     default = _flat({**unchanged, "prune": PruningConfig().to_dict()})
@@ -311,7 +317,7 @@ def _inline(value: Any) -> str:
 
 
 def _training_data(recipe_path: Path, log: Mapping[str, Any] | None) -> list[str]:
-    """Hub ids of what recovery trained on, as the recipe names them, or else the log."""
+    """List the Hub ids of the recovery's training data, as named in the recipe or else in the log."""
     recover = Recipe.load(recipe_path).recover if recipe_path.exists() else None
     sources = recover.data if recover else [source["name"] for source in (log or {}).get("data", [])]
     known = (_DATASETS.get(source, (source, None))[0] for source in sources)

@@ -1,4 +1,4 @@
-"""What a base model's licence asks of a model derived from it: folders and ids in, terms and metadata out."""
+"""Read the licence of a base model and its terms for derived models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from huggingface_hub.errors import HTTPError
 
 from ..errors import UsageError
 
-#: metadata of the base model's card that its derivatives inherit
+#: metadata that derived models inherit from the base model's card
 INHERITED = ("license", "license_name", "license_link", "language")
 UNKNOWN = "unknown"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -27,14 +27,14 @@ _FILE_MARKS = (
 
 @dataclass(frozen=True)
 class LlamaTerms:
-    """Duties of who redistributes a model derived from a Llama (section 1.b of the community licences).
+    """Terms for redistributing a model derived from a Llama (section 1.b of the community licences).
 
     Attributes:
         title: name of the licence.
-        name_pattern: what the name of the derived model matches from its first letter.
-        name_rule: the same in words.
-        built_with: text to display prominently; `None`: not asked for.
-        notice: attribution that a file `NOTICE` carries.
+        name_pattern: regular expression that the name of the derived model matches from its first letter.
+        name_rule: the same rule in words.
+        built_with: text to display prominently; None if not required.
+        notice: attribution for the file `NOTICE`.
     """
 
     title: str
@@ -44,7 +44,7 @@ class LlamaTerms:
     notice: str
 
     def objection(self, name: str) -> str | None:
-        """What is wrong with `ORG/NAME` or a bare name for a derived model; `None`: nothing."""
+        """Return the objection to `ORG/NAME`, or to a bare name, for a derived model; None if it is allowed."""
         bare = name.rpartition("/")[2]
         return None if re.match(self.name_pattern, bare) else f"the name {bare!r} must {self.name_rule}"
 
@@ -82,25 +82,25 @@ LLAMA: Mapping[str, LlamaTerms] = {
 
 
 def llama_terms(metadata: Mapping[str, Any]) -> LlamaTerms | None:
-    """Terms behind a card's `license`, or its `license_name` where that is `other`; `None` for any other licence."""
+    """Return the terms for a card's `license`, or for its `license_name` if that is `other`; None for other licences."""
     named = (str(metadata.get(key) or "").lower().replace("-", "") for key in ("license", "license_name"))
     return next((LLAMA[name] for name in named if name in LLAMA), None)
 
 
 def derived_name(base_model: str) -> str:
-    """A bare name for what was pruned of `base_model`, such as the licence of a Llama asks for."""
+    """Return a bare name for a model pruned from `base_model` that satisfies a Llama licence."""
     return f"{Path(base_model).name.removeprefix('Meta-')}-pruned"
 
 
 def is_hub_id(model: str | os.PathLike[str]) -> bool:
-    """Whether `model` names a repository `ORG/NAME` rather than a folder here."""
+    """Return whether `model` is a repository id `ORG/NAME` and not a local folder."""
     return _HUB_ID.fullmatch(str(model)) is not None and not Path(model).exists()
 
 
 def inherited(base_model: str | os.PathLike[str]) -> dict[str, Any]:
-    """`license` and its companions as the base model states them: its card, else the text of its licence file.
+    """Return `license` and related metadata from the base model's card, else from the text of its licence file.
 
-    A Hub id is looked up on the Hub. Where nothing is stated, or offline, `license` is `"unknown"`.
+    A Hub id is looked up on the Hub. Without a statement, or offline, `license` is `"unknown"`.
     """
     folder = Path(base_model)
     stated: Mapping[str, Any] = {}
@@ -112,14 +112,14 @@ def inherited(base_model: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_name(name: str, base_model: str | os.PathLike[str], license: str | None = None) -> None:
-    """Raise [`UsageError`] where the licence, `None`: the base model's, does not let a derived model be called so."""
+    """Raise [`UsageError`] if `license` (None: the base model's) does not allow `name` for a derived model."""
     terms = llama_terms({"license": license} if license is not None else inherited(base_model))
     if terms and (objection := terms.objection(name)):
         raise UsageError(f"{terms.title}: {objection}")
 
 
 def license_of_text(folder: Path) -> str | None:
-    """Id of the licence whose text lies in `folder` as `LICENSE*`; `None` where there is none or it is another."""
+    """Return the id of the licence whose text is in `folder` as `LICENSE*`; None without one or for another licence."""
     for path in sorted(folder.glob("LICENSE*")):
         head = path.read_text(encoding="utf-8", errors="replace")[:4096]
         for pattern, identifier in _FILE_MARKS:
@@ -129,7 +129,7 @@ def license_of_text(folder: Path) -> str | None:
 
 
 def card_metadata(folder: Path) -> dict[str, Any]:
-    """The metadata of the card in `folder`; `{}` without one. Raises [`UsageError`] where it is not YAML."""
+    """Return the metadata of the card in `folder`, `{}` without a card; raise [`UsageError`] if it is not YAML."""
     if not (folder / "README.md").is_file():
         return {}
     try:
@@ -142,6 +142,6 @@ def card_metadata(folder: Path) -> dict[str, Any]:
 def _hub_metadata(repo_id: str) -> dict[str, Any]:
     try:
         data = HfApi().model_info(repo_id, timeout=10).card_data
-    except (HTTPError, OSError, ValueError):  # no such model, no way to it, or a card that cannot be read
+    except (HTTPError, OSError, ValueError):  # no such model, no connection, or an unreadable card
         return {}
     return data.to_dict() if data is not None else {}

@@ -204,14 +204,14 @@ def test_requests_that_make_no_sense(
     with pytest.raises(UsageError, match="no Hub token: run `hf auth login` or set HF_TOKEN"):
         push(checkpoint, "acme/mini")
     assert not hub.requests
-    with pytest.raises(UsageError, match="may not write to acme/mini"):
+    with pytest.raises(UsageError, match="has no write access to acme/mini"):
         push(checkpoint, "acme/mini", token="hf_of_somebody_else")
     assert push(checkpoint, "acme/mini", token=TOKEN).endswith("/acme/mini")
 
 
 def test_a_checkpoint_without_card_or_weights_is_refused(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(UsageError, match="is not a whole checkpoint: no weights"):
+    with pytest.raises(UsageError, match="is not a complete checkpoint: no weights"):
         push(checkpoint, "acme/mini", dry_run=True)
     (checkpoint / "README.md").unlink()
     with pytest.raises(UsageError, match=r"has no README\.md: write it with `gqaprune card"):
@@ -316,9 +316,9 @@ def test_the_command_names_only_what_the_card_knows(checkpoint: Path, tmp_path: 
 
 def test_a_tokenizer_that_the_card_loads_is_there(checkpoint: Path) -> None:
     (checkpoint / "tokenizer.json").unlink()
-    problem = "README.md loads a tokenizer, and there is none: save it beside the weights"
+    problem = "README.md loads a tokenizer, but there is none: save it beside the weights"
     assert verify(checkpoint) == [problem]
-    with pytest.raises(UsageError, match=f"is not a whole checkpoint: {problem}"):
+    with pytest.raises(UsageError, match=f"is not a complete checkpoint: {problem}"):
         push(checkpoint, "acme/mini", dry_run=True)
     (checkpoint / "README.md").write_text("---\nlicense: mit\n---\nThe tokenizer is that of acme/base.\n")
     assert verify(checkpoint) == []
@@ -367,10 +367,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (lambda f: truncate(f / "model.safetensors"), "model.safetensors is damaged"),
     "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors is damaged"),
     "header lies": (lambda f: overwrite(f / "model.safetensors", b"\xff" * 8), "model.safetensors is damaged"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json holds no JSON object"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json is not a JSON object"),
     "other code": (
         lambda f: edit_json(f / "config.json", lambda c: c.update(model_type="their_llama")),
-        "config.json does not make a model",
+        "config.json does not describe a model",
     ),
     "code": (lambda f: (f / "modeling_pruned_llama.py").unlink(), "auto_map names modeling_pruned_llama.py"),
     "no plan": (lambda f: (f / "prune_plan.json").unlink(), "no prune_plan.json"),
@@ -380,11 +380,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "config": (
         lambda f: edit_json(f / "config.json", lambda c: c["per_layer_config"]["1"].update(intermediate_size=37)),
-        "model.layers.1.mlp.down_proj.weight is (32, 36), the model of config.json has (32, 37)",
+        "model.layers.1.mlp.down_proj.weight has shape (32, 36), in the model of config.json (32, 37)",
     ),
     "invalid config": (
         lambda f: edit_json(f / "config.json", lambda c: c["per_layer_config"]["1"].update(num_key_value_heads=3)),
-        "config.json does not make a model",
+        "config.json does not describe a model",
     ),
     "a tensor is missing": (
         lambda f: edit_weights(f / "model.safetensors", lambda t: t.pop("model.norm.weight")),
@@ -392,7 +392,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a tensor too many": (
         lambda f: edit_weights(f / "model.safetensors", lambda t: t.update(extra=torch.zeros(1))),
-        "the weights hold extra",
+        "the weights contain extra",
     ),
     "unfinished write": (lambda f: (f / ".config.json.abcd1234").touch(), ".config.json.abcd1234 is left from"),
     "unfinished download": (lambda f: (f / "model.safetensors.incomplete").touch(), "model.safetensors.incomplete is"),
@@ -421,7 +421,7 @@ def test_damaged_shards_are_named(checkpoint: Path, pruned: PrunedLlamaForCausal
     shutil.copy(checkpoint / first, checkpoint / last)
     missing = {name for name, file in index["weight_map"].items() if file == last}
     assert verify(checkpoint) == [
-        f"model.safetensors.index.json puts {name} in {last}, which does not hold it" for name in sorted(missing)
+        f"model.safetensors.index.json places {name} in {last}, which lacks it" for name in sorted(missing)
     ]
     (checkpoint / last).unlink()
     assert verify(checkpoint) == [f"model.safetensors.index.json names {last}, which is missing"]

@@ -1,9 +1,9 @@
-"""A pruned and a dense model and windows of token ids go in; each pruned block leaves imitating its dense block.
+"""Fit each block of a pruned model to the dense model's residual stream, block by block.
 
-Layer by layer, attention then FFN: the trainable weights of one block are fitted by gradient descent so that the
-pruned model's residual stream after the block is that of the dense model. The block sees the stream that the blocks
-already fitted produce, so that their errors are made up for instead of adding up. One block of either model is at work
-at a time; the two streams wait on the CPU.
+Layer by layer, attention then FFN, gradient descent on the trainable weights of one block minimizes the distance between
+the pruned and the dense residual stream after the block. The block reads the stream that the blocks fitted before it
+produce, so that it corrects their errors instead of adding to them. Only one block of each model runs at a time; both
+streams are kept on the CPU.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from torch import nn
 
 from ..models import BLOCK_MODULES, DecoderInputs
 
-#: what a block is fitted with unless said otherwise
 LEARNING_RATE = 3e-3
 EPOCHS = 4
 
 
 @dataclass(frozen=True)
 class BlockLoss:
-    """Mean squared distance to the dense stream after a block, relative to its mean square, before and after."""
+    """Mean squared distance to the dense stream after a block over the stream's mean square, before and after fitting."""
 
     layer: int
     block: str
@@ -32,7 +31,7 @@ class BlockLoss:
     after: float
 
 
-def reconstruct(
+def fit_blocks(
     student: Any,
     dense: Any,
     ids: torch.Tensor,
@@ -45,27 +44,30 @@ def reconstruct(
     """Fit the trainable parameters of every block of `student`, in place.
 
     Args:
-        student: causal LM, plain or wrapped by peft; only parameters that require gradients change.
-        dense: the causal LM it was pruned from.
+        student: causal LM, plain or wrapped by peft; only parameters that require gradients are updated.
+        dense: the causal LM that `student` was pruned from.
         ids: int64 `(windows, seq_len)`.
         rows: windows per optimizer step.
-        learning_rate: of AdamW at its start; it falls to zero on a cosine.
+        learning_rate: initial learning rate of AdamW; a cosine schedule takes it to zero.
         epochs: passes over `ids` for each block.
-        seed: of the order of the windows.
+        seed: seeds the order of the windows.
+
+    Returns:
+        One entry per block that has trainable parameters.
     """
-    walk = _Walk(student, dense, ids, rows)
+    streams = _ResidualStreams(student, dense, ids, rows)
     generator = torch.Generator().manual_seed(seed)
     losses = []
-    for index, layer in enumerate(walk.decoder.layers):
+    for index, layer in enumerate(streams.decoder.layers):
         for kind, (name, _) in BLOCK_MODULES.items():
-            before, after = walk.fit(index, layer, kind, learning_rate, epochs, generator)
+            before, after = streams.fit(index, layer, kind, learning_rate, epochs, generator)
             if after is not None:
                 losses.append(BlockLoss(index, name, before, after))
     return losses
 
 
-class _Walk:
-    """Both residual streams, `(windows, seq_len, d)` on the CPU, advanced block by block."""
+class _ResidualStreams:
+    """Advance the residual streams of both models, `(windows, seq_len, d)` on the CPU, block by block."""
 
     def __init__(self, student: Any, dense: Any, ids: torch.Tensor, rows: int) -> None:
         self.student = student.get_base_model() if hasattr(student, "get_base_model") else student
@@ -85,7 +87,7 @@ class _Walk:
     def fit(
         self, index: int, layer: Any, kind: str, rate: float, epochs: int, generator: torch.Generator
     ) -> tuple[float, float | None]:
-        """Fit one block and move both streams past it; `(before, after)`, the latter None where nothing trains."""
+        """Fit one block and advance both streams; return `(before, after)`, `after` being None if nothing is trainable."""
         dense_layer = self.dense_decoder.layers[index]
         run_dense = self._block(dense_layer, kind, self.dense_decoder)
         with torch.no_grad():
@@ -102,7 +104,7 @@ class _Walk:
             self._descend(run, trained, rate, epochs, generator)
             after = self._distance(run)
             if not after < before:
-                # a block that already fits has only noise to follow
+                # a block that fits already has only noise to learn
                 for parameter, value in zip(trained, start, strict=True):
                     parameter.data.copy_(value)
                 after = before
@@ -142,7 +144,7 @@ class _Walk:
         return total / square
 
     def _block(self, layer: Any, kind: str, decoder: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return `hidden + block(norm(hidden))` of one layer as a function; the identity if it has no such block."""
+        """Return `hidden -> hidden + block(norm(hidden))` of one layer; the identity if the layer has no such block."""
         name, norm_name = BLOCK_MODULES[kind]
         block = getattr(layer, name)
         if block is None:

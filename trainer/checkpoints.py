@@ -1,4 +1,7 @@
-"""Training checkpoints that are whole or skipped: a manifest is written last, and checked before a resume."""
+"""Seal training checkpoints with a manifest and find the latest complete one.
+
+The manifest is written last and checked before training is resumed, so that a partly written checkpoint is skipped.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def seal(checkpoint: Path) -> None:
-    """Write the manifest of a finished checkpoint: every file and its size."""
+    """Write the manifest of a finished checkpoint: every file with its size in bytes."""
     sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in _files(checkpoint)}
     write_json(checkpoint / MANIFEST, dict(sorted(sizes.items())))
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether every file of the manifest is there in its full size."""
+def is_complete(checkpoint: Path) -> bool:
+    """Return whether every file of the manifest exists with its full size."""
     try:
         sizes = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
@@ -32,24 +35,24 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint in `folder`, None where there is none; each one skipped is warned of."""
+    """Return the newest complete checkpoint in `folder`, None without one; warn about each one that is skipped."""
     for checkpoint in _newest_first(folder):
-        if is_whole(checkpoint):
+        if is_complete(checkpoint):
             return checkpoint
-        logger.warning("%s is incomplete and is skipped", checkpoint)
+        logger.warning("%s is incomplete, skipping it", checkpoint)
     return None
 
 
 def remove_incomplete(folder: Path) -> None:
-    """Delete half-written checkpoints, which would otherwise count among those to keep."""
+    """Delete partly written checkpoints, which would otherwise count towards the number to keep."""
     for checkpoint in _newest_first(folder):
-        if not is_whole(checkpoint):
+        if not is_complete(checkpoint):
             shutil.rmtree(checkpoint)
 
 
 def free_space(folder: Path) -> str:
-    """What is left on the disk of `folder`: some writers fail without saying that it is full."""
-    return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB of the disk are free"
+    """Describe the free space on the disk of `folder`: some writers fail without saying that the disk is full."""
+    return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB free on the disk"
 
 
 def _newest_first(folder: Path) -> list[Path]:

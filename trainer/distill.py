@@ -12,18 +12,21 @@ from ..models import IGNORED, TopLogProbs, cross_entropy, rows_at_once, top_kl_d
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: what the model is given besides labels
+#: inputs of the model other than labels
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 def losses(
     logits: torch.Tensor, labels: torch.Tensor, targets: TopLogProbs, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed cross-entropy and summed divergence of `n` tokens, a slice of the logits at a time.
+    """Sum cross-entropy and divergence over `n` tokens, a slice of the logits at a time.
 
     Args:
         logits: `(n, vocabulary)`, the student's prediction of each label.
         labels: int64 `(n,)`.
+
+    Returns:
+        Two float32 scalars, in nats.
     """
     step = rows_at_once(logits.shape[-1])
     entropy, divergent = [logits.new_zeros((), dtype=torch.float32)], [logits.new_zeros((), dtype=torch.float32)]
@@ -31,7 +34,7 @@ def losses(
         cut = slice(start, start + step)
         part = TopLogProbs(targets.indices[cut], targets.log_probs[cut], targets.rest[cut])
         arguments = (logits[cut], labels[cut], part, temperature)
-        # float32 copies of the logits are recomputed in the backward pass, not kept
+        # recompute the float32 copies of the logits in the backward pass instead of keeping them
         if len(labels) > step:
             both = checkpoint(_losses, *arguments, use_reentrant=False)
         else:
@@ -42,12 +45,12 @@ def losses(
 
 
 def scored(labels: torch.Tensor) -> torch.Tensor:
-    """Which positions predict a token that counts: bool `(rows, length - 1)` of labels `(rows, length)`."""
+    """Return which positions predict a token with a loss: bool `(rows, length - 1)` for labels `(rows, length)`."""
     return labels[:, 1:] != IGNORED
 
 
 class Teacher:
-    """The dense model in this process."""
+    """Predict with the dense model in this process."""
 
     def __init__(self, model: PreTrainedModel, top_k: int, temperature: float) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -56,7 +59,7 @@ class Teacher:
 
     @torch.no_grad()
     def targets(self, inputs: dict[str, Any], mask: torch.Tensor) -> TopLogProbs:
-        """What the model predicts after the positions of `mask` (`scored`); the logits are never held all at once."""
+        """Predict the token after each position of `mask` (see `scored`) without ever holding all logits at once."""
         given = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
         hidden = self.model.get_decoder()(**given, use_cache=False).last_hidden_state[:, :-1][mask]  # (n, d)
         head = self.model.get_output_embeddings()

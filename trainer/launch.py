@@ -1,4 +1,4 @@
-"""Start a recovery in processes of `accelerate launch`."""
+"""Launch a recovery in processes of `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -26,47 +26,48 @@ from .request import REQUEST_FILE, check_output, make_request
 
 def launch(
     model: str | os.PathLike[str],
-    data: Sequence[str] | RecoveryConfig,
+    data: Sequence[str] | RecoveryConfig | None,
     output: str | os.PathLike[str],
     *,
     accelerate: Sequence[str] = (),
     **arguments: Any,
 ) -> Path:
-    """Run [`recover`], whose arguments these are, in processes started by `accelerate launch`.
+    """Run [`recover`], which takes the same arguments, in processes of `accelerate launch`.
 
     Args:
-        accelerate: flags for `accelerate launch`; among them `--accelerate_config NAME` takes one of the packaged
-            configurations (`single`, `multi_gpu`, `fsdp2`, `zero3`, `cpu_2`) or a file. Without it the number of
-            processes and GPUs decides.
+        accelerate: flags for `accelerate launch`. `--accelerate_config NAME_OR_FILE` takes a packaged configuration
+            (`single`, `multi_gpu`, `fsdp2`, `zero3`, `cpu_2`) or a file; without it the number of processes and GPUs
+            decides.
 
     Raises:
-        UsageError, WorkError: as `recover`; also WorkError where a process dies.
+        UsageError, WorkError: as `recover`; also WorkError if a process dies.
     """
     request = make_request(model, data, output, **arguments)
     check_output(request)
     with tempfile.TemporaryDirectory(prefix="gqaprune_") as scratch:
         config, failure = Path(scratch) / REQUEST_FILE, Path(scratch) / "failure.json"
         write_text(config, yaml.safe_dump(request.to_dict(), sort_keys=False))
+        flags = accelerate_flags(accelerate)
         command = [
-            *(sys.executable, "-m", "accelerate.commands.launch", *accelerate_flags(accelerate)),
+            *(sys.executable, "-m", "accelerate.commands.launch", *flags, *thread_flags(flags, request.config.threads)),
             *("-m", "hf_gqaprune.trainer.recovery", "--config", str(config), "--failure", str(failure)),
         ]
         code = _wait_for(command)
         if failure.exists():
-            told = json.loads(failure.read_text(encoding="utf-8"))
-            if told["traceback"]:
-                raise WorkError(f"{told['message']} (--debug shows where)") from RuntimeError(told["traceback"])
-            raise {"UsageError": UsageError}.get(told["kind"], WorkError)(told["message"])
+            report = json.loads(failure.read_text(encoding="utf-8"))
+            if report["traceback"]:
+                raise WorkError(f"{report['message']} (--debug shows where)") from RuntimeError(report["traceback"])
+            raise {"UsageError": UsageError}.get(report["kind"], WorkError)(report["message"])
     if code:
         kept = checkpoints.latest(request.work)
         raise WorkError(
-            f"training stopped with exit code {code}" + (f"; {kept} is kept: go on with --resume" if kept else "")
+            f"training stopped with exit code {code}" + (f"; {kept} is kept: pass --resume to continue" if kept else "")
         )
     return Path(output)
 
 
 def _wait_for(command: Sequence[str]) -> int:
-    """The exit code of `command`. Where this process is interrupted or terminated, so is all that the command started."""
+    """Return the exit code of `command`; if this process is interrupted or terminated, so is all that `command` started."""
     import psutil
 
     def stop(number: int, _frame: Any) -> NoReturn:
@@ -78,9 +79,9 @@ def _wait_for(command: Sequence[str]) -> int:
     try:
         return process.wait()
     except BaseException:
-        started = psutil.Process(process.pid)
-        for child in [*started.children(recursive=True), started]:
-            with contextlib.suppress(psutil.NoSuchProcess):  # ended by itself
+        parent = psutil.Process(process.pid)
+        for child in [*parent.children(recursive=True), parent]:
+            with contextlib.suppress(psutil.NoSuchProcess):  # has ended by itself
                 child.terminate()
         process.wait()
         raise
@@ -90,7 +91,7 @@ def _wait_for(command: Sequence[str]) -> int:
 
 
 def accelerate_flags(flags: Sequence[str]) -> list[str]:
-    """Flags for `accelerate launch` with `--accelerate_config NAME` turned into `--config_file PATH`."""
+    """Replace `--accelerate_config NAME` in flags for `accelerate launch` by `--config_file PATH`."""
     import torch
 
     given = list(flags)
@@ -115,8 +116,25 @@ def accelerate_flags(flags: Sequence[str]) -> list[str]:
     return ["--config_file", str(path), *given]
 
 
+def thread_flags(flags: Sequence[str], threads: int | None) -> list[str]:
+    """Return the flag for `threads` per process (None: cores / processes), where `accelerate launch` would choose one thread.
+
+    The user's own flag and `OMP_NUM_THREADS` have precedence over the default.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_cpu_threads_per_process", "--num-cpu-threads-per-process")
+    parser.add_argument("--config_file", "--config-file")
+    given = parser.parse_known_args(list(flags))[0]
+    if given.num_cpu_threads_per_process or (threads is None and "OMP_NUM_THREADS" in os.environ):
+        return []
+    config = yaml.safe_load(Path(given.config_file).read_text(encoding="utf-8"))
+    here = _processes(flags, config.get("num_processes") or 1) // (config.get("num_machines") or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ["--num_cpu_threads_per_process", str(threads or max(1, cores // max(1, here)))]
+
+
 def _check_flags(flags: Sequence[str]) -> None:
-    """Refuse what `accelerate launch` would refuse, in one line."""
+    """Raise [`UsageError`] for flags that `accelerate launch` would refuse."""
     from accelerate.commands.launch import launch_command_parser
 
     parser = launch_command_parser()

@@ -1,25 +1,45 @@
-"""A finished training goes in; what was trained on what, and how the loss went, comes out as JSON and as a picture."""
+"""Record a finished training as JSON and plot its loss curve."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .data import TrainingData
 from .request import Request
 from .sft import RecoveryTrainer
 from .steps import Steps
 
-#: in the recovered checkpoint, beside the log; a model card shows it
+logger = logging.getLogger(__name__)
+#: loss curve in the recovered checkpoint, shown by its model card
 CURVE_FILE = "training.png"
 LOG_VERSION = 1
 
 
 def training_log(
-    request: Request, data: TrainingData, trainer: RecoveryTrainer, steps: Steps, seconds: float
+    request: Request,
+    data: TrainingData,
+    trainer: RecoveryTrainer,
+    steps: Steps,
+    seconds: float,
+    kept: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """What was trained on what, and how the loss went; JSON-ready, without local paths."""
+    """Return settings, data and losses of a training in JSON-ready form, without local paths.
+
+    Args:
+        kept: step, loss and perplexity of the weights that were kept; None if they are the last ones.
+    """
+    if kept is not None and kept["step"] == 0:
+        logger.warning(
+            "no evaluation improved on the held-out loss before the training (%.4f nats): the weights are kept as they were; "
+            "lower learning_rate, now %g, or train on more text",
+            kept["loss"],
+            request.config.learning_rate,
+        )
     history = trainer.state.log_history
     trained = [
         {"step": entry["step"], "tokens": entry.get("num_input_tokens_seen")}
@@ -27,7 +47,7 @@ def training_log(
         for entry in history
         if "loss" in entry
     ]
-    # a resumed run measures once more where it starts
+    # a resumed run evaluates again where it starts
     held_out = {
         entry["step"]: {"step": entry["step"], "loss": entry["eval_loss"], "perplexity": entry["eval_perplexity"]}
         for entry in history
@@ -42,21 +62,23 @@ def training_log(
         "data": data.record(),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "processes": steps.processes,
+        "threads": torch.get_num_threads(),
         "rows_per_step": steps.rows_per_step,
         "steps": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen,
         "seconds": round(seconds, 3),
         "train": trained,
         "held_out": list(held_out.values()),
+        "kept": kept,
     }
 
 
-def draw(log: Mapping[str, Any], path: Path) -> None:
-    """Draw what `training_log` returned as a PNG: cross-entropy of training and held-out rows, and the divergence."""
+def plot_curve(log: Mapping[str, Any], path: Path) -> None:
+    """Plot a training log as a PNG: cross-entropy of training and held-out rows, and the divergence from the teacher."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # no pyplot: it keeps figures alive and picks a window system
+    # without pyplot, which keeps figures alive and chooses a window system
     figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

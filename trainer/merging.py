@@ -1,4 +1,4 @@
-"""An adapter and its base go in; one checkpoint with the adapter's weights folded in comes out."""
+"""Merge a LoRA adapter into the checkpoint it was trained on."""
 
 from __future__ import annotations
 
@@ -17,100 +17,104 @@ from ..checkpoint import (
 )
 from ..errors import UsageError
 from ..utils import new_folder, refuse_existing, refuse_overwriting_inputs, write_json
-from .quiet import quiet
+from .silence import silenced_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: beside an adapter: where its base lies on this machine; never published
+#: file beside an adapter that says where its base is on this machine; never published
 BASE_FILE = "local_base.json"
 ADAPTER_CONFIG = "adapter_config.json"
-#: in a recovered checkpoint: the adapter, which `merge` folds in again
+#: folder of the adapter in a recovered checkpoint
 ADAPTER = "adapter"
 
 
 def merge(adapter: str | Path, output: str | Path, *, base: str | Path | None = None, overwrite: bool = False) -> Path:
-    """Fold a LoRA adapter into the checkpoint it was trained on.
+    """Merge a LoRA adapter into the checkpoint it was trained on.
 
-    The sum is computed in float32 and stored in the dtype of the base, whose tokenizer, generation config, plan,
-    recipe and licence files come along.
+    The sum is computed in float32 and stored in the dtype of the base. Tokenizer, generation config, plan, recipe and
+    licence files of the base are copied.
 
     Args:
         adapter: folder written by `recover`.
         output: folder of the new checkpoint.
-        base: folder or Hub id of the base, where it is no longer where the adapter was trained.
+        base: folder or Hub id of the base, if it has moved since the adapter was trained.
         overwrite: replace `output`.
 
     Returns:
         `output`.
 
     Raises:
-        UsageError: no adapter there, no base, a base with other weights than the adapter was trained on, or an
-            `output` that exists, or holds adapter or base.
+        UsageError: there is no adapter or no base, the base has other weights than those the adapter was trained on, or
+            `output` exists or contains adapter or base.
     """
     target = refuse_existing(output, overwrite)
     adapter = Path(adapter)
-    folder = base_of(adapter, base)
-    refuse_overwriting_inputs(target, [adapter, folder])
-    with quiet(), new_folder(target, overwrite) as scratch:
-        write_checkpoint(merged(adapter, folder), folder, scratch)
+    model = base_of(adapter, base)
+    refuse_overwriting_inputs(target, [adapter, model])
+    with silenced_libraries(), new_folder(target, overwrite) as scratch:
+        write_checkpoint(merged(adapter, model), model.path, scratch)
     return target
 
 
 def base_of(adapter: Path, base: str | Path | None = None) -> ModelFolder:
-    """Folder of the checkpoint that `adapter` was trained on. Raises [`UsageError`] as `merge`."""
+    """Return the checkpoint that `adapter` was trained on; raise [`UsageError`] as `merge` does."""
     if not (adapter / ADAPTER_CONFIG).is_file():
         inner = adapter / ADAPTER
         wanted = str(inner) if (inner / ADAPTER_CONFIG).is_file() else f"a folder with {ADAPTER_CONFIG}"
         raise UsageError(f"no adapter in {adapter}: give {wanted}")
     known = read_identity(adapter)
     if known is None:
-        raise UsageError(f"{adapter} has no {IDENTITY_FILE}, which says what weights it was trained on")
+        raise UsageError(f"{adapter} has no {IDENTITY_FILE}, which names the weights it was trained on: train it again")
     if base is None:
         base = _recorded_base(adapter)
-    folder = resolve_model(base)
-    found = fingerprint(folder)
+    model = resolve_model(base)
+    found = fingerprint(model)
     if found != known.get("base_fingerprint"):
         raise UsageError(
-            f"{adapter} was trained on weights {known.get('base_fingerprint')}, {folder} holds {found}: "
-            "name the checkpoint it was trained on"
+            f"{adapter} was trained on weights {known.get('base_fingerprint')}, {model} holds {found}: "
+            "pass the checkpoint it was trained on as --base"
         )
-    return folder
+    return model
 
 
-def merged(adapter: Path, folder: ModelFolder) -> PreTrainedModel:
-    """The model in `folder` with the weights of `adapter` added in float32, cast to the dtype `folder` has on disk."""
+def merged(adapter: Path, base: ModelFolder) -> PreTrainedModel:
+    """Load `base`, add the weights of `adapter` in float32, and cast to the dtype on disk."""
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    dtype = folder.dtype
-    model = PeftModel.from_pretrained(folder.load(dtype), adapter)
+    model = PeftModel.from_pretrained(base.load(base.dtype), adapter)
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            # one matrix in float32 at a time, where all of them may be more than there is memory
+            # one matrix in float32 at a time: all of them may exceed the memory
             weight = module.get_base_layer().weight
             weight.data = weight.data.float()
             module.merge(safe_merge=True)
-            weight.data = weight.data.to(dtype)
+            weight.data = weight.data.to(base.dtype)
     return model.unload()
 
 
-def write_adapter_identity(adapter: Path, base: str | Path, folder: ModelFolder, base_fingerprint: str) -> None:
-    """Write beside an adapter what weights it was trained on (`folder`), and where they are found (`base`)."""
+def write_adapter_identity(adapter: Path, base: str | Path, folder: Path, base_fingerprint: str) -> None:
+    """Record beside an adapter which weights it was trained on (those in `folder`) and where to find them (`base`)."""
     plan = (read_identity(folder) or {}).get("plan_hash")
     write_identity(adapter, base_fingerprint=base_fingerprint, plan_hash=plan)
     local = Path(base).exists()
-    write_json(adapter / BASE_FILE, {"base": str(folder.path.resolve()) if local else str(base)})
-    # peft wrote where the base lay
+    record_base(adapter, str(folder.resolve()) if local else str(base))
+    # peft wrote the local path of the base
     config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     write_json(adapter / ADAPTER_CONFIG, {**config, "base_model_name_or_path": None if local else str(base)})
+
+
+def record_base(adapter: Path, base: str) -> None:
+    """Record beside an adapter where its base is: an absolute path or a Hub id."""
+    write_json(adapter / BASE_FILE, {"base": base})
 
 
 def _recorded_base(adapter: Path) -> str:
     path = adapter / BASE_FILE
     if not path.is_file():
-        raise UsageError(f"{adapter} does not say where its base is: name it with --base")
+        raise UsageError(f"{adapter} does not say where its base is: pass --base")
     base = json.loads(path.read_text(encoding="utf-8"))["base"]
     if Path(base).is_absolute() and not Path(base).is_dir():
-        raise UsageError(f"the base of {adapter} is no longer in {base}: name it with --base")
+        raise UsageError(f"the base of {adapter} is no longer in {base}: pass --base")
     return str(base)

@@ -1,4 +1,4 @@
-"""A folder or Hub id goes in; the model, its tokenizer and what of it LoRA adapts come out."""
+"""Choose dtype, quantization and LoRA target modules for training a model."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
-#: above so many parameters activations are recomputed instead of kept
+#: number of parameters from which activations are recomputed instead of kept
 _LARGE = 1_000_000_000
 
 
-def training_dtype(folder: ModelFolder, config: RecoveryConfig) -> torch.dtype:
-    """What the weights are held in while they train.
+def training_dtype(model: ModelFolder, config: RecoveryConfig) -> torch.dtype:
+    """Return the dtype of the weights during training.
 
-    All weights need float32: an update is smaller than a half-precision weight can show. A frozen base stays as it
-    is, but for float16, whose activations overflow without loss scaling.
+    Full training needs float32: an update is smaller than the resolution of a half-precision weight. A frozen base keeps
+    its dtype, except for float16, whose activations overflow without loss scaling.
     """
-    return torch.float32 if config.method == "full" else computable_dtype(folder)
+    return torch.float32 if config.method == "full" else computable_dtype(model)
 
 
-def computable_dtype(folder: ModelFolder) -> torch.dtype:
-    """Choose the dtype to run the weights in: as stored, float32 for float16 and where that is faster."""
-    dtype = compute_dtype(folder.dtype, select_device(None))
+def computable_dtype(model: ModelFolder) -> torch.dtype:
+    """Return the dtype to compute in: as stored, float32 for float16 and where that is faster."""
+    dtype = compute_dtype(model.dtype, select_device(None))
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def autocast_bf16() -> bool:
-    """Whether the accelerator in use computes in bfloat16; the CPU is left in float32, where that is faster."""
+    """Return whether the accelerator computes in bfloat16; a CPU stays in float32, which is faster there."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def quantization(config: RecoveryConfig) -> Any:
-    """`BitsAndBytesConfig` for `quantize`, None without. Raises [`UsageError`] where bitsandbytes is missing."""
+    """Return the `BitsAndBytesConfig` for `quantize`, None without it; [`UsageError`] if bitsandbytes is missing."""
     if config.quantize is None:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -58,7 +58,7 @@ def quantization(config: RecoveryConfig) -> Any:
 
 
 def check_trackers(config: RecoveryConfig) -> None:
-    """Raise [`UsageError`] for a tracker in `report_to` that transformers does not know or that is not installed."""
+    """Raise [`UsageError`] for a tracker in `report_to` that is unknown to transformers or not installed."""
     if not config.report_to:
         return
     from transformers.integrations import integration_utils
@@ -71,10 +71,10 @@ def check_trackers(config: RecoveryConfig) -> None:
 
 
 def lora_targets(model: PreTrainedModel) -> list[str]:
-    """Names, within their layer, of all linear modules that the decoder layers hold: `["mlp.down_proj", ...]`, sorted.
+    """List the linear modules of the decoder layers by their names within a layer: `["mlp.down_proj", ...]`, sorted.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the layers have no linear module.
     """
     layers = model.get_decoder().layers
     names = {name for layer in layers for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
@@ -84,7 +84,7 @@ def lora_targets(model: PreTrainedModel) -> list[str]:
 
 
 def lora_config(model: PreTrainedModel, config: RecoveryConfig) -> LoraConfig:
-    """peft's configuration for `model`."""
+    """Return peft's configuration for `model`."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -99,7 +99,7 @@ def lora_config(model: PreTrainedModel, config: RecoveryConfig) -> LoraConfig:
 
 
 def recompute_activations(model: PreTrainedModel, config: RecoveryConfig) -> bool:
-    """Whether to trade time for memory."""
+    """Return whether to recompute activations, which takes more time and less memory."""
     if config.activation_checkpointing is not None:
         return config.activation_checkpointing
     return bool(model.num_parameters() >= _LARGE)

@@ -1,4 +1,4 @@
-"""Train a pruned checkpoint on text; `accelerate launch` starts `main` in every process."""
+"""Recover a pruned checkpoint by training; `accelerate launch` starts `main` in every process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .train import train
 
 def recover(
     model: str | os.PathLike[str],
-    data: Sequence[str] | RecoveryConfig,
+    data: Sequence[str] | RecoveryConfig | None,
     output: str | os.PathLike[str],
     *,
     seed: int = 0,
@@ -28,19 +28,19 @@ def recover(
     resume: bool = False,
     **settings: Any,
 ) -> Path:
-    """Train a checkpoint in this process (one of several under `accelerate launch`), and write the merged result.
+    """Train a checkpoint in this process (one of several under `accelerate launch`) and write the merged result.
 
-    While it runs, checkpoints lie in `OUTPUT.training`; they are kept if it fails and removed when it is done.
+    Checkpoints are kept in `OUTPUT.training` until the training has finished, also if it fails.
 
     Args:
         model: folder or Hub id of a causal LM, pruned or not.
-        data: names, files or dataset ids (`PATH[:CONFIG]`), each with an optional weight (`books.txt=0.7`), none for those
-            of the preset; or a whole [`RecoveryConfig`].
+        data: names, files or dataset ids (`PATH[:CONFIG]`), each with an optional weight (`books.txt=0.7`); None for the
+            preset's data; or a whole [`RecoveryConfig`].
         output: folder that receives the merged checkpoint, `training_log.json`, and the adapter as `adapter/`.
-        seed: of data order and adapter weights.
+        seed: seeds the order of the data and the adapter's initial weights.
         evaluation: texts that will be evaluated on; training on one of them is refused.
         overwrite: replace `output`.
-        resume: go on from the last whole checkpoint, to the same weights as if it had never stopped.
+        resume: continue from the last complete checkpoint, to the same weights as without the interruption.
         settings: fields of [`RecoveryConfig`], such as `preset`, `teacher` or `max_tokens`.
 
     Returns:
@@ -48,7 +48,7 @@ def recover(
 
     Raises:
         UsageError: the request makes no sense; raised before any training.
-        WorkError: a loss that is not finite, a full disk; the last whole checkpoint is kept.
+        WorkError: a loss is not finite or the disk is full; the last complete checkpoint is kept.
     """
     return train(
         make_request(
@@ -58,10 +58,10 @@ def recover(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """What `accelerate launch -m hf_gqaprune.trainer.recovery --config FILE` runs in each process; the exit code."""
+    """Run `accelerate launch -m hf_gqaprune.trainer.recovery --config FILE` in one process and return the exit code."""
     parser = argparse.ArgumentParser(prog="hf_gqaprune.trainer.recovery", description=recover.__doc__)
-    parser.add_argument("--config", required=True, metavar="FILE", help="arguments of recover, as YAML")
-    parser.add_argument("--failure", metavar="FILE", help="where a failure is told, as JSON")
+    parser.add_argument("--config", required=True, metavar="FILE", help="arguments of recover as YAML")
+    parser.add_argument("--failure", metavar="FILE", help="file that receives a failure as JSON")
     args = parser.parse_args(argv)
     try:
         recover_from(args.config)
@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             message = str(error) if expected else f"{type(error).__name__}: {error}"
             trace = None if expected else traceback.format_exc()
             write_json(args.failure, {"kind": type(error).__name__, "message": message, "traceback": trace})
-            # told: the launcher would only add its own traceback. Where one process of several fails by itself, only
-            # an exit code ends the others
+            # the launcher would only add its own traceback; if one of several processes fails, though, only an exit
+            # code ends the others
             if refused or os.environ.get("WORLD_SIZE", "1") == "1":
                 return 0
         elif expected:
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def recover_from(config: str | Path) -> Path:
-    """`recover` with the arguments that a YAML file names."""
+    """Recover with the arguments in a YAML file."""
     path = Path(config)
     if not path.is_file():
         raise UsageError(f"no such file: {path}")

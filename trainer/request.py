@@ -1,4 +1,4 @@
-"""Check what a recovery is asked for, write it for `accelerate launch`, and compare it on resume."""
+"""Check a recovery request, write it for `accelerate launch`, and compare it on resume."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..errors import UsageError, unknown
 from ..utils import exclusive_lock, is_occupied, refuse_existing, refuse_overwriting_inputs
 from .models import check_trackers, quantization
 
-#: in the folder of an unfinished training
+#: file in the folder of an unfinished training
 REQUEST_FILE = "recover.yaml"
-#: default of `seq_len` where the model has longer positions
+#: default of `seq_len`, if the model has as many positions
 _SEQ_LEN = 2048
-#: a step of the default preset: rows, and tokens where rows are long
+#: default of `batch_tokens`: rows per step, and the most tokens per step
 _ROWS, _MOST_TOKENS = 16, 16384
-#: learning rate times hidden size: what a weight may change by in one step of Adam shrinks with the width it sums over
+#: learning rate times hidden size: the wider a sum, the smaller a step Adam may take in each of its weights
 _RATE = {"lora": 1.0, "full": 0.2}
 #: fields that may differ between an interrupted run and the one that resumes it
 _FREE = ("overwrite", "resume")
@@ -31,16 +31,16 @@ _FREE = ("overwrite", "resume")
 
 @dataclass(frozen=True)
 class Request:
-    """One recovery.
+    """A checked recovery.
 
     Attributes:
         model: folder or Hub id of the checkpoint to train.
-        config: how to train, and on what; `seq_len`, `batch_tokens` and `learning_rate` are set.
+        config: data and settings, with `seq_len`, `batch_tokens` and `learning_rate` set.
         output: folder of the recovered checkpoint.
-        seed: of data order and adapter weights.
+        seed: seeds the order of the data and the adapter's initial weights.
         evaluation: texts that will be evaluated on; refused as training data.
         overwrite: replace `output` and an unfinished training.
-        resume: go on from the last whole checkpoint.
+        resume: continue from the last complete checkpoint.
     """
 
     model: str
@@ -53,7 +53,7 @@ class Request:
 
     @property
     def work(self) -> Path:
-        """Folder of the training while it is unfinished, beside `output`."""
+        """Folder of the unfinished training, beside `output`."""
         output = Path(self.output)
         return output.parent / f"{output.name}.training"
 
@@ -65,7 +65,7 @@ class Request:
 
 def make_request(
     model: str | os.PathLike[str],
-    data: Sequence[str] | RecoveryConfig,
+    data: Sequence[str] | RecoveryConfig | None,
     output: str | os.PathLike[str],
     *,
     seed: int = 0,
@@ -79,15 +79,18 @@ def make_request(
     Raises:
         UsageError: the request makes no sense.
     """
+    if settings.get("teacher") is not None:
+        settings["teacher"] = os.fspath(settings["teacher"])
     if isinstance(data, RecoveryConfig):
         config = replace(data, **settings)
     else:
-        sources: dict[str, Any] = {"data": [data] if isinstance(data, str) else tuple(data)} if data else {}
-        config = RecoveryConfig.from_preset(**sources, **settings)
+        if data is not None:
+            settings["data"] = (data,) if isinstance(data, str) else tuple(data)
+        config = RecoveryConfig.from_preset(**settings)
     if problem := Recipe.problem("seed", seed):
         raise UsageError(problem)
     if not config.data:
-        raise UsageError("no training text was named: pass --data NAME_OR_FILE")
+        raise UsageError("no training text was given: pass --data NAME_OR_FILE")
     folder = resolve_model(model)
     folder.check_weights()
     limit = getattr(folder.config, "max_position_embeddings", None)
@@ -97,6 +100,7 @@ def make_request(
     read = [folder]
     if config.teacher is not None:
         teacher = resolve_model(config.teacher)
+        teacher.check_weights()
         read.append(teacher)
         vocabulary = teacher.config.vocab_size
         if vocabulary != folder.config.vocab_size:
@@ -139,23 +143,23 @@ def request_from_yaml(text: str) -> Request:
 
 
 def check_output(request: Request) -> None:
-    """Refuse what would overwrite a result, or go on with an unfinished training of another kind."""
+    """Raise [`UsageError`] if `request` would replace a result, or continue an unfinished training of other settings."""
     refuse_existing(request.output, request.overwrite)
     record = request.work / REQUEST_FILE
     if not record.is_file():
         if is_occupied(request.work):
-            raise UsageError(f"{request.work}, where the training would be kept, is something else: move it away")
+            raise UsageError(f"{request.work}, where the training would be kept, holds other files: move it away")
         return
     with exclusive_lock(request.work):
         pass
     if request.overwrite and not request.resume:
         return
     if not request.resume:
-        raise UsageError(f"{request.work} holds an unfinished training: pass --resume, or --overwrite to start anew")
+        raise UsageError(f"{request.work} holds an unfinished training: pass --resume, or --overwrite to start again")
     before, now = yaml.safe_load(record.read_text(encoding="utf-8")), request.to_dict()
     differing = [name for name in now if name not in _FREE and before.get(name) != now[name]]
     if differing:
         raise UsageError(
-            f"{request.work} was started with other values of {', '.join(differing)}: repeat them, or start anew with "
+            f"{request.work} was started with other values of {', '.join(differing)}: repeat them, or start again with "
             "--overwrite and without --resume"
         )

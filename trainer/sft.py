@@ -1,10 +1,11 @@
-"""trl's `SFTTrainer` with a teacher, a stop at the first loss that is not finite, and checkpoints that are whole."""
+"""Train with trl's `SFTTrainer`, a teacher, a stop at the first non-finite loss, and sealed checkpoints."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ from .teacher_cache import TeacherCache
 
 
 class RecoveryTrainer(SFTTrainer):
-    """`SFTTrainer` for rows of `data.load_data`.
+    """Train on rows of `data.load_data`.
 
     Args:
-        weight: of the divergence from the teacher; cross-entropy has `1 - weight`.
-        finish: writes what else belongs to a checkpoint, on the main process; the manifest follows.
+        weight: weight of the divergence from the teacher; cross-entropy has `1 - weight`.
+        finish: writes the remaining files of a checkpoint on the main process, before the manifest.
 
     Attributes:
-        teacher: what the student is pulled towards; None: cross-entropy alone.
+        teacher: model or cache to distil from; None: the loss is cross-entropy alone.
     """
 
     def __init__(self, *args: Any, weight: float, finish: Callable[[Path], None], **kwargs: Any) -> None:
@@ -40,7 +41,7 @@ class RecoveryTrainer(SFTTrainer):
         self.weight = weight
         self._parts: dict[str, float] = defaultdict(float)
         self._batch: dict[str, Any] = {}
-        # evaluation sums nats and tokens, since its batches need not hold equally many
+        # evaluation sums nats and tokens: its batches may hold different numbers of tokens
         self._held_out = torch.zeros(2, dtype=torch.float64)
 
     def compute_loss(
@@ -54,7 +55,7 @@ class RecoveryTrainer(SFTTrainer):
             loss = self._distilled(model, inputs, self.teacher, num_items_in_batch)
         self._batch = inputs
         if not torch.isfinite(loss):
-            raise self.not_finite(f"loss is {float(loss.detach())}")
+            raise self.not_finite_error(f"loss is {float(loss.detach())}")
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -73,22 +74,28 @@ class RecoveryTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: a checkpoint of an unfinished training is not published."""
+        """Write no card: a checkpoint of an unfinished training is not published."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
+        with self.saving(folder):
             super()._save_checkpoint(model, trial)
             # the manifest names the files of all processes
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 self.finish(folder)
                 checkpoints.seal(folder)
+
+    @contextmanager
+    def saving(self, folder: Path) -> Iterator[None]:
+        """Raise [`WorkError`], naming the last complete checkpoint, if the block cannot write `folder`."""
+        try:
+            yield
         except (OSError, RuntimeError, SafetensorError) as error:
             kept = checkpoints.latest(folder.parent)
             raise WorkError(
                 f"{folder} could not be written ({error}; {checkpoints.free_space(folder.parent)})"
-                + (f"; {kept} is kept: go on with --resume" if kept else "")
+                + (f"; {kept} is kept: pass --resume to continue" if kept else "")
             ) from error
 
     def _distilled(
@@ -101,7 +108,7 @@ class RecoveryTrainer(SFTTrainer):
         logits = model(**given, use_cache=False).logits[:, :-1][mask]  # (n, vocabulary)
         entropy, divergent = losses(logits, labels[:, 1:][mask], targets, teacher.temperature)
         count = mask.sum() if num_items is None else num_items
-        # as SFTTrainer does: the count is that of all processes, whose gradients are averaged
+        # as in SFTTrainer: the count covers all processes, whose gradients are averaged
         scale = self.accelerator.num_processes if num_items is not None and self._averages_tokens() else 1
         scale = scale / torch.as_tensor(count, device=logits.device).clamp(min=1)
         steps = 1 / self.current_gradient_accumulation_steps
@@ -111,7 +118,7 @@ class RecoveryTrainer(SFTTrainer):
         return ((1 - self.weight) * entropy + self.weight * divergent) * scale
 
     def _mean_parts(self) -> dict[str, float]:
-        """Both parts of the loss, a mean over the steps since the last entry and over all processes."""
+        """Average both parts of the loss over the steps since the last log entry and over all processes."""
         names = ("cross_entropy", "divergence")
         means = [self._parts[name] / self._parts["steps"] for name in names]
         if self.accelerator.num_processes > 1:
@@ -128,15 +135,15 @@ class RecoveryTrainer(SFTTrainer):
         nats = torch.zeros_like(mask, dtype=torch.float32)
         nats[mask] = cross_entropy(logits, labels[:, 1:][mask])
         rows = torch.stack([nats.sum(1), mask.sum(1).float()], dim=1)  # (rows, 2)
-        # without the rows that fill up the last batch of several processes
+        # leaves out the rows that pad the last batch of several processes
         self._held_out += self.accelerator.gather_for_metrics(rows).double().sum(0).cpu()
         return nats.sum() / mask.sum().clamp(min=1)
 
     def _averages_tokens(self) -> bool:
         return bool(self.args.average_tokens_across_devices)
 
-    def not_finite(self, what: str) -> WorkError:
-        """The error that ends a training in which `what` happened: where, in which batch, and what to do."""
+    def not_finite_error(self, what: str) -> WorkError:
+        """Return the error that ends a training in which `what` happened, with step, batch and next step."""
         ids = self._batch["input_ids"]
         start = self.processing_class.decode(ids[0][:24], skip_special_tokens=True)
         kept = checkpoints.latest(Path(self.args.output_dir))
@@ -148,7 +155,7 @@ class RecoveryTrainer(SFTTrainer):
 
 
 class _FiniteGradients(TrainerCallback):
-    """Stops before the weights are spoilt: a finite loss may well have a gradient that is not."""
+    """Stop before a non-finite gradient reaches the weights: the loss itself may be finite."""
 
     def __init__(self, trainer: RecoveryTrainer) -> None:
         self.trainer = trainer
@@ -160,4 +167,4 @@ class _FiniteGradients(TrainerCallback):
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm):
-            raise self.trainer.not_finite("gradient is not finite")
+            raise self.trainer.not_finite_error("gradient is not finite")

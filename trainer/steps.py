@@ -1,4 +1,4 @@
-"""TODO."""
+"""Plan how training rows become optimizer steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .request import Request
 
 @dataclass(frozen=True)
 class Steps:
-    """How rows become optimizer steps: `rows` per forward pass, `accumulation` of those, `processes` at once."""
+    """Optimizer steps of `rows` per forward pass, `accumulation` passes, on `processes` at once."""
 
     rows: int
     accumulation: int
@@ -21,21 +21,21 @@ class Steps:
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of one optimizer step, all processes together."""
+        """Rows of one optimizer step over all processes."""
         return self.rows * self.accumulation * self.processes
 
 
 def plan_steps(request: Request, rows: int, processes: int) -> Steps:
-    """The step size nearest to `batch_tokens` that all processes share evenly; the same one for 1 and for 2 processes.
+    """Choose the step size nearest to `batch_tokens` that all processes share evenly; it is the same for 1 and 2 processes.
 
     Raises:
-        UsageError: fewer rows than processes.
+        UsageError: there are fewer rows than processes.
     """
     config, seq_len = request.config, request.config.seq_len or 1
     if rows < processes:
         raise UsageError(f"the training text makes {rows} rows for {processes} processes: give more text")
     wanted = min(max(1, (config.batch_tokens or seq_len) // seq_len), rows)
-    # rounded down where the text holds no more
+    # rounded down if the text holds no more rows
     share = min(math.ceil(wanted / processes), rows // processes)
     most = max(1, config.device_tokens // seq_len)
     device_rows = max(count for count in range(1, min(share, most) + 1) if share % count == 0)

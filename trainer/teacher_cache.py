@@ -1,6 +1,6 @@
-"""A teacher and the training rows go in; its top-k predictions lie on disk and are looked up by what the rows hold.
+"""Cache the teacher's top-k predictions on disk and look them up by the tokens of a row.
 
-An entry belongs to one sequence of tokens, so that order, packing, epochs and processes are free to differ between
+Each entry belongs to one sequence of tokens, so that order, packing, epochs and number of processes may differ between
 writing and reading.
 """
 
@@ -23,11 +23,11 @@ _INDEX = "sequences.json"
 
 
 class TeacherCache:
-    """Reads what `write_cache` wrote; takes the place of a `Teacher` in training.
+    """Read the predictions that `write_cache` wrote, in place of a `Teacher`.
 
     Args:
-        folder: with one sub-folder per process that wrote.
-        temperature: of the distillation, the one it was written for.
+        folder: has one sub-folder per process that wrote.
+        temperature: temperature of the distillation that the cache was written for.
     """
 
     def __init__(self, folder: Path, temperature: float) -> None:
@@ -40,13 +40,13 @@ class TeacherCache:
             self._entries |= {key: (part, start, count) for key, (start, count) in index.items()}
 
     def targets(self, inputs: dict[str, Any], mask: torch.Tensor) -> TopLogProbs:
-        """What the teacher predicts after the positions of `mask`, as `Teacher.targets`."""
+        """Return what `Teacher.targets` predicts after each position of `mask`."""
         parts: list[list[np.ndarray]] = [[], [], []]
         for ids, labels in sequences(inputs):
             wanted = int((labels[1:] != IGNORED).sum())
             part, start, count = self._entries.get(_key(ids, labels), (0, 0, -1))
             if count != wanted:
-                raise WorkError("the teacher's predictions on disk are not of this data: start anew without --resume")
+                raise WorkError("the teacher's predictions on disk belong to other data: start again without --resume")
             for column, array in zip(parts, self._arrays[part], strict=True):
                 column.append(array[start : start + count])
         device = mask.device
@@ -58,11 +58,11 @@ _ARRAYS = ("indices", "log_probs", "rest")
 
 
 def write_cache(teacher: Teacher, batches: Iterable[dict[str, torch.Tensor]], folder: Path, device: Any) -> None:
-    """Write the predictions of `teacher` for the sequences in `batches`, each once.
+    """Write the predictions of `teacher` for each distinct sequence in `batches`.
 
     Args:
-        batches: of the collator of the training (`input_ids`, `labels`, and `attention_mask` or `position_ids`).
-        folder: receives one file per field, and at the end the index that makes them count.
+        batches: batches of the training's collator (`input_ids`, `labels`, and `attention_mask` or `position_ids`).
+        folder: receives one file per field and, last, the index that marks the cache as complete.
     """
     folder.mkdir(parents=True, exist_ok=True)
     index: dict[str, tuple[int, int]] = {}
@@ -88,12 +88,12 @@ def write_cache(teacher: Teacher, batches: Iterable[dict[str, torch.Tensor]], fo
 
 
 def is_cached(folder: Path) -> bool:
-    """Whether `write_cache` finished here."""
+    """Return whether `write_cache` has finished in `folder`."""
     return (folder / _INDEX).is_file()
 
 
 def sequences(inputs: dict[str, Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`(ids, labels)` of each sequence in a batch, padding and packing undone; int64 `(length,)`, on the CPU."""
+    """Yield `(ids, labels)` of each sequence in a batch without padding or packing; int64 `(length,)`, on the CPU."""
     ids, labels = inputs["input_ids"].cpu(), inputs["labels"].cpu()
     if "attention_mask" in inputs:
         for row, label, length in zip(ids, labels, inputs["attention_mask"].sum(1).tolist(), strict=True):
@@ -107,7 +107,7 @@ def sequences(inputs: dict[str, Any]) -> Iterator[tuple[torch.Tensor, torch.Tens
 def _key(ids: torch.Tensor, labels: torch.Tensor) -> str:
     import xxhash
 
-    # which tokens count is part of it: the first one never does
+    # labels are part of the key; the first token never has a loss
     digest = xxhash.xxh3_128(ids.numpy().tobytes())
     digest.update((labels[1:] != IGNORED).numpy().tobytes())
     return digest.hexdigest()

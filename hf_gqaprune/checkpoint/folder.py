@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,10 @@ class ModelFolder:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path)
         except (OSError, ValueError) as error:
+            model = self.path / "tokenizer.model"
+            if model.is_file() and model.read_bytes()[:1] == b"\n" and find_spec("sentencepiece") is None:
+                # transformers takes it for a tiktoken file
+                raise UsageError(f"{model} needs sentencepiece, which is not installed: pip install sentencepiece") from error
             raise UsageError(f"{self} holds no tokenizer: {' '.join(str(error).split())[:200]}") from error
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
@@ -110,11 +115,20 @@ class ModelFolder:
         return sha256((stats, layout, (self.path / "config.json").read_bytes()))
 
     def check_weights(self) -> None:
-        """Raise [`UsageError`] if there are no weights that transformers can load, or damaged safetensors files."""
+        """Raise [`UsageError`] for quantized, damaged or missing weights."""
+        self.check_unquantized()
         if any(self.path.glob("*.safetensors")):
             _ = self.tensors
         elif not any(self.path.glob("*.bin")):
             raise UsageError(f"{self} holds no weights (*.safetensors): give the folder of a whole checkpoint")
+
+    def check_unquantized(self) -> None:
+        """Raise [`UsageError`] if the config declares quantized weights."""
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise UsageError(
+                f"{self} is quantized, and pruning, evaluation and recovery need the plain weights: give the checkpoint it "
+                "was made from, or remove a left-over quantization_config from config.json"
+            )
 
     def load(
         self, dtype: torch.dtype | str = "auto", device: torch.device | str | None = CPU, **options: Any

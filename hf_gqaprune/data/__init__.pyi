@@ -14,6 +14,7 @@ from .text import parse_weight as parse_weight
 from .text import text_paths as text_paths
 from .windows import LOGITS_PER_BATCH as LOGITS_PER_BATCH
 from .windows import TOKENS_PER_BATCH as TOKENS_PER_BATCH
+from .windows import check_token_ids as check_token_ids
 from .windows import cut_windows as cut_windows
 from .windows import layer_batches as layer_batches
 from .windows import refit_batches as refit_batches

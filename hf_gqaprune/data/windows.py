@@ -43,6 +43,14 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
+def check_token_ids(largest: int, embeddings: int, name: str) -> None:
+    """Raise [`UsageError`] if the `largest` token id of the text `name` is beyond the model's `embeddings` rows."""
+    if largest >= embeddings:
+        raise UsageError(
+            f"token {largest} of {name} is beyond the model's {embeddings} embeddings: give the model's own tokenizer"
+        )
+
+
 def cut_windows(tokenizer: Any, tokens: list[int], seq_len: int, name: str) -> torch.Tensor:
     """All disjoint windows of tokens as `token_windows` gives them; [`UsageError`], naming the text, if there is none."""
     bos = tokenizer.bos_token_id

@@ -1,4 +1,4 @@
-"""Measure checkpoints on the same tokens, and write the report that compares them."""
+"""Evaluate checkpoints on the same tokens and write the report that compares them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import (
-    LOG_FILE,
-    ModelFolder,
-    read_identity,
-    read_training_log,
-    refuse_overlap,
-    texts_used,
-)
+from ..checkpoint import LOG_FILE, ModelFolder, read_identity, read_training_log, refuse_overlap, texts_used
 from ..configuration import EvaluationConfig
 from ..data import Text, token_ids
 from ..errors import UsageError
@@ -25,7 +18,7 @@ from ..models import PLAN_FILE
 from ..plan import PruningPlan
 from ..utils import compute_dtype, memory_limit, refuse_existing, select_device
 from .perplexity import PerplexityResult, evaluate_perplexity, window
-from .report import Report, Stage, count_parameters, versions
+from .report import Report, Stage, versions
 from .tasks import evaluate_tasks
 
 REPORT, PLOT = "report.json", "report.png"
@@ -33,7 +26,7 @@ REPORT, PLOT = "report.json", "report.png"
 
 @dataclass(frozen=True)
 class CheckpointResult:
-    """One checkpoint's results; `tasks` is None where none were asked for."""
+    """Results of one checkpoint; `tasks` is None if none were requested."""
 
     parameters: int
     perplexity: tuple[PerplexityResult, ...]
@@ -43,135 +36,137 @@ class CheckpointResult:
 def measure(
     models: Mapping[str, ModelFolder], texts: Sequence[Text], config: EvaluationConfig, hint: str
 ) -> Iterator[tuple[str, CheckpointResult]]:
-    """Measure checkpoints one after the other, `{name: folder}`, and yield each name with its results.
+    """Evaluate checkpoints one after the other and yield each name with its result.
 
     Args:
-        models: what to measure.
-        texts: the texts of `config.data`, loaded.
-        config: windows, tasks and device; `seq_len` None for the smallest default window of all the checkpoints.
-        hint: ends the message where the memory of a GPU is full.
+        models: checkpoints by name.
+        texts: the loaded texts of `config.data`.
+        config: windows, tasks and device; `seq_len=None` for the shortest default window among the checkpoints.
+        hint: what to do if the memory of a GPU is full; ends that error message.
 
     Raises:
-        UsageError: before any model is loaded, for a checkpoint without weights or tokenizer, windows that one of the
-            models cannot run, and tokenizers that cut a text into other tokens.
-        WorkError: the memory of a GPU is full; as `evaluate_perplexity`.
+        UsageError: a checkpoint has no weights or tokenizer, one of the models cannot run the windows, or the tokenizers
+            yield different tokens; raised before any model is loaded.
+        WorkError: the memory of a GPU is full; or as `evaluate_perplexity`.
     """
-    configs = [model.config for model in models.values()]
-    seq_len = config.seq_len or min(window(each, None, None)[0] for each in configs)
-    for each in configs:
-        window(each, seq_len, config.stride)
+    seq_len = config.seq_len or min(window(model.config, None, None)[0] for model in models.values())
     for model in models.values():
+        window(model.config, seq_len, config.stride)
         model.check_weights()
     texts = [replace(text, content=text.content[: config.max_chars]) for text in texts]
-    _check_tokens({name: model.tokenizer for name, model in models.items()}, texts)
+    _check_tokens(models, texts)
     device = select_device(config.device)
     for name, folder in models.items():
         with memory_limit(device, hint):
             dtype = getattr(torch, config.dtype) if config.dtype else compute_dtype(folder.dtype, device)
-            model = folder.load(dtype, config.device)
+            loaded = folder.load(dtype, config.device)
             results = tuple(
                 evaluate_perplexity(
-                    model, folder.tokenizer, text, seq_len=seq_len, stride=config.stride, drop_tail=config.drop_tail
+                    loaded, folder.tokenizer, text, seq_len=seq_len, stride=config.stride, drop_tail=config.drop_tail
                 )
                 for text in texts
             )
             options: dict[str, Any] = {"include_path": config.include_path, "limit": config.limit}
-            tasks = evaluate_tasks(model, folder.tokenizer, config.tasks, **options) if config.tasks else None
-            parameters = count_parameters(model)
-            del model  # two of them may be too much for a GPU
+            tasks = evaluate_tasks(loaded, folder.tokenizer, config.tasks, **options) if config.tasks else None
+            parameters = loaded.num_parameters()
+            del loaded  # a GPU may not hold two models
         yield name, CheckpointResult(parameters, results, tasks)
 
 
-def _check_tokens(tokenizers: Mapping[str, Any], texts: Iterable[Text]) -> None:
-    """Raise [`UsageError`] unless all tokenizers make the same tokens of every text."""
+def _check_tokens(models: Mapping[str, ModelFolder], texts: Iterable[Text]) -> None:
+    """Raise [`UsageError`] unless the tokenizers of all models yield the same tokens of every text."""
     for text in texts:
         if not text.content.strip():
             raise UsageError(f"the text {text.name} is empty")
-        made = {name: (tokenizer.bos_token_id, token_ids(tokenizer, text.content)) for name, tokenizer in tokenizers.items()}
-        first, *others = made
+        tokens = {
+            name: (model.tokenizer.bos_token_id, token_ids(model.tokenizer, text.content)) for name, model in models.items()
+        }
+        first, *others = tokens
         for name in others:
-            if made[name] != made[first]:
-                counts = len(made[first][1]), len(made[name][1])
+            if tokens[name] != tokens[first]:
+                counts = len(tokens[first][1]), len(tokens[name][1])
                 raise UsageError(
-                    f"{text.name} is {counts[0]:,} tokens for {first} and {counts[1]:,} others for {name}: perplexities of "
-                    "different tokenizers cannot be compared, evaluate them one by one"
+                    f"{text.name} is {counts[0]:,} tokens for {first} and {counts[1]:,} different tokens for {name}: "
+                    "perplexities of different tokenizers cannot be compared, evaluate the checkpoints one by one"
                 )
 
 
 def refuse_same_names(texts: Iterable[Text]) -> None:
-    """Raise [`UsageError`] where two texts have one name, which is all that a report tells them apart by."""
+    """Raise [`UsageError`] if two texts have the same name, by which a report identifies them."""
     for name, times in Counter(text.name for text in texts).items():
         if times > 1:
-            raise UsageError(f"two evaluation texts are called {name!r}, and a report has one of a name: rename a file")
+            raise UsageError(f"two evaluation texts are called {name!r}, and a report needs distinct names: rename a file")
 
 
 def refuse_seen(texts: Iterable[Text], used: Iterable[Mapping[str, Any]]) -> None:
-    """Raise [`UsageError`] where a text is one of those that were `used` to calibrate or to train."""
+    """Raise [`UsageError`] if one of `texts` was `used` for calibration or training."""
     refuse_overlap(used, [{"name": text.name, "split": text.split, "sha256": text.sha256} for text in texts])
 
 
 def compared(models: Mapping[str, ModelFolder], texts: Iterable[Text], overwrite: bool) -> dict[str, ModelFolder]:
-    """Name the stages that the last checkpoint's report will compare, `{stage: folder}`.
+    """Check that a report can compare `models` and return them by stage.
 
     Args:
-        models: the dense, the pruned and, where there is one, the recovered checkpoint, by the names they were given.
-        texts: what they will be measured on.
-        overwrite: replace the report that is there.
+        models: the dense, the pruned and optionally the recovered checkpoint, by the names the user gave.
+        texts: texts that they will be evaluated on.
+        overwrite: replace an existing report in the last folder.
 
     Raises:
-        UsageError: fewer or more, not in this order, of different plans, a last one that is no folder here, a report
-            that exists, or texts that the weights have seen or that have one name.
+        UsageError: there are fewer or more checkpoints, they are in another order or have different plans, the last one
+            is not a local folder, a report exists, or the weights have seen one of the texts or two have the same name.
     """
     folders = {name: model.path for name, model in models.items()}
     if not 2 <= len(folders) <= 3:
         raise UsageError("a report compares DENSE PRUNED or DENSE PRUNED RECOVERED: name two or three checkpoints")
-    names, places = list(folders), list(folders.values())
-    last = places[-1]
+    names, paths = list(folders), list(folders.values())
+    last = paths[-1]
     if not Path(names[-1]).is_dir():
-        raise UsageError(f"{names[-1]} is no folder here, and its report is written into it: give a folder")
+        raise UsageError(f"{names[-1]} is not a local folder, and the report is written into it: give a folder")
     for name, folder in list(folders.items())[1:]:
         if not (folder / PLAN_FILE).is_file():
             raise UsageError(f"{name} has no {PLAN_FILE}: a report compares DENSE PRUNED [RECOVERED], in this order")
-    trained = [(folder / LOG_FILE).is_file() for folder in places]
-    if len(places) == 3:
-        hashes = [PruningPlan.load(folder / PLAN_FILE).hash() for folder in places[1:]]
+    trained = [(folder / LOG_FILE).is_file() for folder in paths]
+    if len(paths) == 3:
+        hashes = [PruningPlan.load(folder / PLAN_FILE).hash() for folder in paths[1:]]
         if hashes[0] != hashes[1]:
-            raise UsageError(f"{names[1]} and {names[2]} were pruned by different plans: name what one was made of the other")
+            raise UsageError(
+                f"{names[1]} and {names[2]} were pruned by different plans: the second must be recovered from the first"
+            )
         if trained[1] and not trained[2]:
-            raise UsageError(f"{names[1]} was trained and {names[2]} was not: name the recovered checkpoint last")
+            raise UsageError(f"{names[1]} was trained and {names[2]} was not: give the recovered checkpoint last")
     for file in (REPORT, PLOT):
         refuse_existing(last / file, overwrite, file=True)
     texts = list(texts)
     refuse_same_names(texts)
     refuse_seen(texts, texts_used(last))
-    stages = ["dense", "pruned", "recovered"] if len(places) == 3 else ["dense", "recovered" if trained[1] else "pruned"]
+    stages = ["dense", "pruned", "recovered"] if len(paths) == 3 else ["dense", "recovered" if trained[1] else "pruned"]
     return dict(zip(stages, models.values(), strict=True))
 
 
 def write_report(
-    model: str, stages: Mapping[str, ModelFolder], measured: Iterable[CheckpointResult], target: Path
+    model: str, stages: Mapping[str, ModelFolder], results: Iterable[CheckpointResult], target: Path
 ) -> Report:
-    """Write the report and its picture into `target`, over those that are there.
+    """Write the report and its picture into `target`, replacing existing ones.
 
     Args:
         model: name of the dense model.
-        stages: `{stage: folder}`; the last one's files tell plan, calibration text and seed.
-        measured: of each, in the same order.
+        stages: checkpoints by stage; plan, calibration text and seed are read from the last folder.
+        results: result of each stage, in the same order.
     """
     last = list(stages.values())[-1].path
     log, known = read_training_log(last), read_identity(last) or {}
-    made = tuple(
+    evaluated = tuple(
         Stage(
             stage,
-            found.parameters,
+            result.parameters,
             log["trainable"] if log and stage == "recovered" else None,
-            {result.dataset: result for result in found.perplexity},
-            found.tasks,
+            {perplexity.dataset: perplexity for perplexity in result.perplexity},
+            result.tasks,
         )
-        for stage, found in zip(stages, measured, strict=True)
+        for stage, result in zip(stages, results, strict=True)
     )
     plan = PruningPlan.load(last / PLAN_FILE).summary()
-    report = Report(model, made, plan, versions(), known.get("seed"), tuple(known.get("calibration", ())))
+    report = Report(model, evaluated, plan, versions(), known.get("seed"), tuple(known.get("calibration", ())))
     report.plot(target / PLOT, overwrite=True)
     report.save(target / REPORT, overwrite=True)
     return report

@@ -1,7 +1,7 @@
-"""Texts, a model and its tokenizer go in; their perplexity comes out, in the form that `evaluate` knows.
+"""Wrap `evaluate_perplexity` as a metric of `evaluate`.
 
-`hf_gqaprune.evaluation.Perplexity` is this class, imported when it is asked for: importing `evaluate` takes seconds. The
-file also loads by its path, `evaluate.load(hf_gqaprune.evaluation.metric.__file__)`, without the Hub.
+Import the class as `hf_gqaprune.evaluation.Perplexity`, or load this file by its path without the Hub:
+`evaluate.load(hf_gqaprune.evaluation.metric.__file__)`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from hf_gqaprune.evaluation import evaluate_perplexity
 
 _INPUTS = """
 Args:
-    predictions: texts. They are joined by blank lines and scored as one, so that nothing is averaged over texts of unequal
-        length.
-    model: a causal LM, loaded.
+    predictions: texts, which are joined by blank lines and scored as one text, so that nothing is averaged over texts of
+        unequal length.
+    model: a loaded causal LM.
     tokenizer: its tokenizer.
-    seq_len, stride, drop_tail, max_chars, batch_size: as `hf_gqaprune.evaluate_perplexity` takes them.
+    seq_len, stride, drop_tail, max_chars, batch_size: as for `hf_gqaprune.evaluate_perplexity`.
 
 Returns:
     `value` (the perplexity), `nats`, `tokens`, `dataset`, `split`, `seq_len`, `stride`, `bos`, `text_sha256`.
@@ -32,7 +32,7 @@ Example:
 
 
 class Perplexity(evaluate.Metric):
-    """`evaluate_perplexity` as an `evaluate.Metric`: `compute(predictions=texts, model=..., tokenizer=..., ...)`."""
+    """Compute perplexity by `compute(predictions=texts, model=..., tokenizer=..., ...)`."""
 
     def _info(self) -> Any:
         return evaluate.MetricInfo(

@@ -1,4 +1,4 @@
-"""A model and a text go in; perplexity over every token of it, and task accuracies, come out."""
+"""Evaluate the perplexity of a model over every token of a text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data import Text, load_text, token_ids
+from ..data import TOKENS_PER_BATCH, Text, check_token_ids, load_text, token_ids
 from ..errors import UsageError, WorkError
 from ..models import eval_without_grad, token_losses
 from ..utils import Progress
@@ -18,23 +18,21 @@ from ..utils import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-#: tokens in one forward pass
-_TOKENS_PER_BATCH = 8192
-#: beyond about 709.8 exp overflows a float64
+#: exp overflows float64 beyond about 709.8 nats
 _MOST_NATS = 709
 
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """A perplexity and all that is needed to reproduce it.
+    """A perplexity with everything that is needed to reproduce it.
 
     Attributes:
         value: exp(nats / tokens).
         nats: summed negative log likelihood.
         tokens: scored tokens.
-        dataset, split, text_sha256: which text.
+        dataset, split, text_sha256: name, split and hash of the text.
         seq_len: tokens per window, BOS included.
-        stride: text tokens from one window to the next.
+        stride: text tokens between the starts of two windows.
         bos: whether every window starts with the tokenizer's BOS.
     """
 
@@ -49,11 +47,11 @@ class PerplexityResult:
     text_sha256: str
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
+        """Return the JSON-ready form."""
         return asdict(self)
 
     def conditions(self) -> str:
-        """On what and how it was measured, in one line."""
+        """Describe text, windows and token count in one line."""
         start = "BOS" if self.bos else "no BOS"
         return (
             f"{self.dataset} ({self.split}): {self.tokens:,} tokens, seq_len {self.seq_len}, stride {self.stride}, "
@@ -75,30 +73,30 @@ def evaluate_perplexity(
     max_chars: int | None = None,
     batch_size: int | None = None,
 ) -> PerplexityResult:
-    """Perplexity of `model` on a text: exp(total nats / scored tokens).
+    """Evaluate the perplexity of `model` on a text: exp(total nats / scored tokens).
 
-    The text is tokenized once without special tokens. A window is BOS + `seq_len - 1` text tokens; every token is
-    scored exactly once, in the first window that holds it: a stride below `seq_len - 1` gives later windows context.
-    Without a BOS token a window is `seq_len` text tokens of which the first is context only: then every token but the
-    text's first is scored.
+    The text is tokenized once without special tokens. A window is BOS + `seq_len - 1` text tokens. Every token is scored
+    exactly once, in the first window that contains it, so that a stride below `seq_len - 1` gives later windows context.
+    Without a BOS token a window is `seq_len` text tokens, the first of which is only context: every token except the
+    first of the text is scored.
 
     Args:
-        model: a causal LM, any float dtype; its log-probabilities are taken in float32 and summed in float64.
+        model: a causal LM of any float dtype; log-probabilities are computed in float32 and summed in float64.
         tokenizer: its tokenizer.
-        source: a name, file or dataset as `load_text` takes it (test split), or a `Text`.
+        source: a name, file or dataset as for `load_text` (its test split), or a `Text`.
         seq_len: tokens per window, BOS included; default min(2048, the model's positions).
-        stride: text tokens from one window to the next, at most and by default `seq_len - 1` (no overlap).
+        stride: text tokens between the starts of two windows, at most and by default `seq_len - 1` (no overlap).
         drop_tail: leave out a last window that is not full.
-        max_chars: only the first so many characters of the text.
-        batch_size: windows per forward pass; by default as many as hold 8,192 tokens.
+        max_chars: number of characters of the text to use, from its start.
+        batch_size: windows per forward pass; by default as many as make 8,192 tokens.
 
     Raises:
-        UsageError: for a text, `seq_len`, `stride` or `batch_size` that makes no sense, or a tokenizer that is not the
-            model's; before the model is run.
-        WorkError: where the logits of a window are not finite; names the window.
+        UsageError: the text, `seq_len`, `stride` or `batch_size` is invalid, or the tokenizer is not the model's; raised
+            before the model runs.
+        WorkError: the logits of a window are not finite; names the window.
     """
     seq_len, stride = window(model.config, seq_len, stride)
-    batch_size = max(1, _TOKENS_PER_BATCH // seq_len) if batch_size is None else batch_size
+    batch_size = max(1, TOKENS_PER_BATCH // seq_len) if batch_size is None else batch_size
     if batch_size < 1:
         raise UsageError(f"batch_size={batch_size} must be at least 1")
     text = load_text(source, split="test") if isinstance(source, str) else source
@@ -111,14 +109,9 @@ def evaluate_perplexity(
     windows = _windows(len(ids), seq_len, stride, bos is not None, drop_tail)
     if not windows:
         least = (seq_len if bos is None else seq_len - 1) if drop_tail else (2 if bos is None else 1)
-        raise UsageError(f"the text {text.name} has {len(ids)} tokens, at least {least} are needed to score any")
+        raise UsageError(f"the text {text.name} has {len(ids)} tokens, scoring needs at least {least}: give more text")
     tokens = torch.tensor(ids, dtype=torch.long)
-    rows_of_embedding = model.get_input_embeddings().weight.shape[0]
-    if int(tokens.max()) >= rows_of_embedding:
-        raise UsageError(
-            f"token {int(tokens.max())} of {text.name} is beyond the model's {rows_of_embedding} embeddings: "
-            f"this is not the model's tokenizer"
-        )
+    check_token_ids(int(tokens.max()), model.get_input_embeddings().weight.shape[0], text.name)
     nats, scored, done = 0.0, 0, 0
     with eval_without_grad(model), Progress(text.name, "window", len(windows)) as progress:
         for batch in _batches(windows, batch_size):
@@ -141,7 +134,7 @@ def evaluate_perplexity(
             progress.update(len(batch))
     if nats / scored > _MOST_NATS:
         raise WorkError(
-            f"{nats / scored:.0f} nats per token on {text.name} are beyond float64: check the model's weights"
+            f"the perplexity on {text.name}, exp({nats / scored:.0f}), overflows float64: check the model's weights"
         )
     return PerplexityResult(
         value=math.exp(nats / scored),
@@ -157,7 +150,7 @@ def evaluate_perplexity(
 
 
 def window(config: PreTrainedConfig, seq_len: int | None, stride: int | None) -> tuple[int, int]:
-    """`seq_len` and `stride`, defaults filled in. Raises [`UsageError`] where a model of `config` cannot run them."""
+    """Return `seq_len` and `stride` with defaults filled in; raise [`UsageError`] if the model cannot run them."""
     limit = int(config.max_position_embeddings)
     seq_len = min(2048, limit) if seq_len is None else seq_len
     if not 2 <= seq_len <= limit:
@@ -169,7 +162,7 @@ def window(config: PreTrainedConfig, seq_len: int | None, stride: int | None) ->
 
 
 def _windows(count: int, seq_len: int, stride: int, bos: bool, drop_tail: bool) -> list[tuple[int, int, int]]:
-    """Windows over `count` text tokens as `(start, end, first token that is scored)`; each token is scored once."""
+    """Cut `count` text tokens into windows `(start, end, first scored token)` that score each token once."""
     span = seq_len - bos
     windows: list[tuple[int, int, int]] = []
     start, scored = 0, 0 if bos else 1
@@ -183,7 +176,7 @@ def _windows(count: int, seq_len: int, stride: int, bos: bool, drop_tail: bool) 
 
 
 def _batches(windows: list[tuple[int, int, int]], size: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Neighbours of equal shape, at most `size` at a time: nothing is padded."""
+    """Batch neighbouring windows of equal shape, at most `size` at a time, so that none is padded."""
     for _, group in groupby(windows, key=lambda window: (window[1] - window[0], window[2] - window[0])):
         alike = list(group)
         for i in range(0, len(alike), size):

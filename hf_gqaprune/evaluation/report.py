@@ -1,4 +1,4 @@
-"""Measurements of the dense, the pruned and the recovered model go in; a JSON, a table and a picture come out."""
+"""Report results of the dense, pruned and recovered model as JSON, table and picture."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ from .perplexity import PerplexityResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from torch import nn
 
 VERSION = 1
 STAGES = ("dense", "pruned", "recovered")
 _KEYS = ("version", "model", "stages", "plan", "versions", "seed", "calibration")
 _COLOURS = {"dense": "#9aa5b1", "pruned": "#d1495b", "recovered": "#2a7f9e"}
-#: what must be equal for two perplexities to be comparable: the same tokens in the same windows
+#: fields that must agree for two perplexities to be comparable: the same tokens in the same windows
 _CONDITIONS = ("split", "seq_len", "stride", "bos", "tokens", "text_sha256")
 _PACKAGES = (
     "torch transformers accelerate peft trl torch-pruning datasets evaluate huggingface-hub safetensors lm-eval"
@@ -35,14 +34,14 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Stage:
-    """One model of the comparison.
+    """Results of one model of the comparison.
 
     Attributes:
         name: `dense`, `pruned` or `recovered`.
-        parameters: number of parameters, see [`count_parameters`].
-        trainable: how many of them (LoRA: of the adapter's) were trained; `None` where nothing was.
+        parameters: number of parameters; tied weights count once.
+        trainable: number of trained parameters (of the adapter for LoRA); None without training.
         perplexity: results by dataset name.
-        tasks: lm-eval results as `evaluate_tasks` returns them, `None` where none were asked for.
+        tasks: lm-eval results as `evaluate_tasks` returns them; None if none were requested.
     """
 
     name: str
@@ -52,7 +51,7 @@ class Stage:
     tasks: dict[str, dict[str, float]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; `dataset` is the key of each perplexity and `tasks` is left out where there are none."""
+        """Return the JSON-ready form: perplexities by dataset, and `tasks` only if there are any."""
         results = {
             name: {k: v for k, v in r.to_dict().items() if k != "dataset"} for name, r in self.perplexity.items()
         }
@@ -62,19 +61,19 @@ class Stage:
 
 @dataclass(frozen=True)
 class Report:
-    """What one run did to a model, measured on the same tokens before and after.
+    """Results of a dense model and the models made from it, measured on the same tokens.
 
     Attributes:
-        model: the dense model, as the user named it.
-        stages: `dense` first, then `pruned` and, where there was one, `recovered`.
+        model: name of the dense model, as the user gave it.
+        stages: `dense`, then `pruned` and/or `recovered`.
         plan: `PruningPlan.summary()`.
-        versions: of the packages that matter, see [`versions`].
-        seed: of the run; None where the pruned checkpoint does not tell.
-        calibration: `Calibration.record()`: name, split and sha256 of every text the pruning has seen.
+        versions: package versions, see [`versions`].
+        seed: seed of the run; None if the pruned checkpoint does not record it.
+        calibration: `Calibration.record()`: name, split and sha256 of every calibration text.
 
     Raises:
-        UsageError: for stages that were not measured on the same tokens, stages out of order or twice, or a text
-            that was used both to calibrate and to evaluate.
+        UsageError: the stages were not measured on the same tokens, are out of order or repeated, or a text was used for
+            both calibration and evaluation.
     """
 
     model: str
@@ -85,7 +84,7 @@ class Report:
     calibration: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        # lists are welcome, tuples are kept
+        # lists are accepted and stored as tuples
         object.__setattr__(self, "stages", tuple(self.stages))
         object.__setattr__(self, "calibration", tuple(self.calibration))
         _check_stages(self.stages)
@@ -95,18 +94,18 @@ class Report:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
+        """Return the JSON-ready form."""
         data = {field.name: getattr(self, field.name) for field in fields(self)}
         stages = [stage.to_dict() for stage in self.stages]
         return {"version": VERSION, **data, "stages": stages, "calibration": list(self.calibration)}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Report:
-        """Inverse of `to_dict`; raises [`UsageError`] for another version, or naming what is missing or too much."""
+        """Invert `to_dict`; raise [`UsageError`] for another version, or a missing or unknown key."""
         if not isinstance(data, Mapping):
-            raise UsageError("a report is a JSON object")
+            raise UsageError("a report must be a JSON object")
         if data.get("version") != VERSION:
-            raise UsageError(f"report version {data.get('version')!r} cannot be read here, only {VERSION}")
+            raise UsageError(f"report version {data.get('version')!r} cannot be read, only {VERSION}: evaluate again")
         for key in data:
             if key not in _KEYS:
                 raise unknown("key of a report", key, _KEYS)
@@ -131,12 +130,12 @@ class Report:
             raise UsageError(f"malformed report: {error}") from error
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write the report as JSON; an existing file is refused unless `overwrite`."""
+        """Write the report as JSON; raise [`UsageError`] for an existing file unless `overwrite`."""
         write_json(refuse_existing(path, overwrite, file=True), self.to_dict())
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Report:
-        """Read a saved report; raises [`UsageError`] naming the file when it is absent or malformed."""
+        """Read a saved report; raise [`UsageError`] if the file is absent or malformed."""
         try:
             return Report.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except OSError as error:
@@ -147,7 +146,7 @@ class Report:
             raise UsageError(f"{path} is not JSON: {error}") from error
 
     def table(self) -> str:
-        """One column per stage, each number with its ratio to the first; below, on what it was measured and chosen."""
+        """Format one column per stage, with ratios to the first, followed by texts, calibration and plan."""
         stages = self.stages
         rows = [["", *(stage.name for stage in stages)]]
         rows.append(["parameters", *_with_ratios([stage.parameters for stage in stages], ",", "{:.4f}x")])
@@ -172,12 +171,12 @@ class Report:
         return "\n".join([*lines, "", *conditions, *seen, choice])
 
     def plot(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Draw kept KV groups and FFN width per layer beside the perplexities; one PNG of about 1650 x 750 pixels."""
+        """Plot kept KV groups and FFN width per layer beside the perplexities, as a PNG of 1650 x 750 pixels."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         target = refuse_existing(path, overwrite, file=True)
-        # no pyplot: it keeps figures alive and picks a window system
+        # without pyplot, which keeps figures alive and chooses a window system
         figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.add_gridspec(2, 2, width_ratios=(1.2, 1))
@@ -201,13 +200,8 @@ class Report:
             raise
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Number of parameters; tied weights count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def versions() -> dict[str, str]:
-    """Versions of Python, of this package and of those whose behaviour the results depend on, as installed."""
+    """Return the installed versions of Python, this package and the packages that results depend on."""
     installed = {"python": platform.python_version(), "hf_gqaprune": __version__}
     for name in _PACKAGES:
         try:
@@ -223,7 +217,7 @@ def _check_stages(stages: tuple[Stage, ...]) -> None:
         if name not in STAGES:
             raise unknown("stage", name, STAGES)
     if not names or names != sorted(set(names), key=STAGES.index):
-        raise UsageError(f"the stages of a report are each of {', '.join(STAGES)} at most once, in order; got {names}")
+        raise UsageError(f"a report takes the stages {', '.join(STAGES)}, each at most once, in order; got {names}")
     first = stages[0]
     for stage in stages[1:]:
         if stage.perplexity.keys() != first.perplexity.keys():
@@ -242,7 +236,7 @@ def _check_stages(stages: tuple[Stage, ...]) -> None:
 
 
 def _with_ratios(values: list[Any], spec: str, ratio: str) -> list[str]:
-    """Each number and, from the second on, its ratio to the first."""
+    """Format each number, from the second on with its ratio to the first."""
     cells = [format(values[0], spec)]
     return cells + [f"{format(value, spec)} ({ratio.format(value / values[0])})" for value in values[1:]]
 
@@ -266,13 +260,13 @@ def _draw_layers(axes: Axes, plan: Mapping[str, Any], key: str, label: str) -> N
 
 
 def _draw_perplexities(axes: Axes, stages: tuple[Stage, ...]) -> None:
-    """Bars by dataset and stage with their ratios to the first; a logarithmic axis where they differ tenfold."""
+    """Draw bars by dataset and stage with ratios to the first stage; the axis is logarithmic if they differ tenfold."""
     datasets = list(stages[0].perplexity)
     width = 0.8 / len(stages)
     for index, stage in enumerate(stages):
         values = [stage.perplexity[dataset].value for dataset in datasets]
-        places = [i + (index - (len(stages) - 1) / 2) * width for i in range(len(datasets))]
-        bars = axes.bar(places, values, width * 0.94, color=_COLOURS[stage.name], label=stage.name)
+        positions = [i + (index - (len(stages) - 1) / 2) * width for i in range(len(datasets))]
+        bars = axes.bar(positions, values, width * 0.94, color=_COLOURS[stage.name], label=stage.name)
         labels = [_figure(value) for value in values]
         if index:
             first = [stages[0].perplexity[dataset].value for dataset in datasets]
@@ -280,7 +274,7 @@ def _draw_perplexities(axes: Axes, stages: tuple[Stage, ...]) -> None:
             labels = [f"{label}\n{_figure(ratio)}x" for label, ratio in zip(labels, ratios, strict=True)]
         axes.bar_label(bars, labels, fontsize=8, padding=2)
     axes.set_xticks(range(len(datasets)), datasets)
-    # bars of one dataset alone would fill the picture
+    # the bars of a single dataset would fill the picture
     margin = 1.0 if len(datasets) < 2 else 0.5
     axes.set_xlim(-margin, len(datasets) - 1 + margin)
     axes.set_ylabel("perplexity, lower is better")

@@ -35,8 +35,19 @@ from ..evaluation import (
 )
 from ..model_cards import card_command, check_name, create_model_card, derived_name
 from ..plan import PruningPlan
-from ..trainer import launch, load_data, make_request
-from ..utils import empty_gpu_cache, exclusive_lock, is_occupied, memory_limit, refuse_existing, write_json, write_text
+from ..trainer import ADAPTER, launch, load_data, make_request, record_base
+from ..utils import (
+    empty_gpu_cache,
+    exclusive_lock,
+    is_occupied,
+    memory_limit,
+    refuse_existing,
+    remove_working_folder,
+    replace_folder,
+    working_folder,
+    write_json,
+    write_text,
+)
 from .prune import PLAN, prune_model, refuse_lost_inputs
 from .request import Prepared, calibrated_on, prepare
 from .stages import timed
@@ -115,21 +126,30 @@ def run(
         "prune": recipe.prune,
     }
     with exclusive_lock(folder):
-        if folder.exists() and not resume:
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        stages = _Stages(folder, notify)
-        write_text(folder / "recipe.yaml", recipe.without_paths().to_yaml())
+        # an earlier result stays until the new one is complete
+        unfinished = working_folder(folder)
+        if not resume:
+            remove_working_folder(unfinished)
+        replacing = unfinished.exists() or (is_occupied(folder) and not resume)
+        work = unfinished if replacing else folder
+        work.mkdir(parents=True, exist_ok=True)
+        stages = _Stages(work, notify)
+        write_text(work / "recipe.yaml", recipe.without_paths().to_yaml())
         with _hint_for_runs(prepared.device, _PRUNE_HINT):
-            stages.do(PRUNED, base, lambda again: _prune(prepared, folder, again, notify))
+            stages.do(PRUNED, base, lambda again: _prune(prepared, work, again, notify))
         final = PRUNED
         if recovery is not None:
             base["recover"] = (recovery, trained)
-            stages.do(RECOVERED, base, lambda again: _recover(recipe, recovery, folder, again))
+            stages.do(RECOVERED, base, lambda again: _recover(recipe, recovery, work, again))
             final = RECOVERED
         base["evaluate"] = (recipe.evaluate, [(text.name, text.split, text.sha256) for text in texts])
-        stages.do(REPORT, base, lambda _: _report(recipe, folder, prepared, final, texts))
-        return _publish(recipe, folder, final)
+        stages.do(REPORT, base, lambda _: _report(recipe, work, prepared, final, texts))
+        _complete(recipe, work, final)
+        if replacing:
+            replace_folder(work, folder)
+            if (adapter := folder / RECOVERED / ADAPTER).is_dir():
+                record_base(adapter, str((folder / PRUNED).resolve()))
+        return _result(recipe, folder, final)
 
 
 def _ids(prepared: Prepared) -> list[list[int]]:
@@ -222,8 +242,9 @@ def _check_recovery(recipe: Recipe, config: RecoveryConfig | None, prepared: Pre
     )
     if request.config.streaming:
         return []
+    source = prepared.source
     return load_data(
-        prepared.source.tokenizer, request.config, seed=request.seed, evaluation=request.evaluation
+        source.tokenizer, request.config, vocabulary=source.config.vocab_size, seed=request.seed, evaluation=request.evaluation
     ).record()
 
 
@@ -251,15 +272,24 @@ def _report(recipe: Recipe, folder: Path, prepared: Prepared, final: str, texts:
     write_report(recipe.without_paths().model, stages, results, folder)
 
 
-def _publish(recipe: Recipe, folder: Path, final: str) -> RunResult:
-    """Complete the folder that `push` would send."""
+def _complete(recipe: Recipe, folder: Path, final: str) -> None:
+    """Add report, recipe and card to the folder that `push` would send."""
     target = folder / final
     for name in (REPORT, PLOT, "recipe.yaml"):
         shutil.copyfile(folder / name, target / name)
-    name = recipe.card.name or derived_name(recipe.without_paths().model)
-    create_model_card(target, base_model=recipe.model, license=recipe.card.license, name=name, overwrite=True)
+    create_model_card(
+        target, base_model=recipe.model, license=recipe.card.license, name=_card_name(recipe), overwrite=True
+    )
     if problems := hub.verify(target):
         raise WorkError(f"{target} is not a checkpoint that can be pushed: {'; '.join(problems)}")
+
+
+def _card_name(recipe: Recipe) -> str:
+    return recipe.card.name or derived_name(recipe.without_paths().model)
+
+
+def _result(recipe: Recipe, folder: Path, final: str) -> RunResult:
+    target, name = folder / final, _card_name(recipe)
     # a card that names no repository is written anew for one
     named = "/" in name
     rename = () if named else (card_command(target, recipe.model, "ORG/NAME", recipe.card.license),)

@@ -40,10 +40,7 @@ class Layers:
             UsageError: quantized weights, no whole safetensors checkpoint, tensors that are missing or of other shapes.
         """
         config: Any = folder.config
-        if getattr(config, "quantization_config", None) is not None:
-            raise UsageError(
-                f"{folder} is quantized, and cutting needs the plain weights: give the checkpoint it was made from"
-            )
+        folder.check_unquantized()
         self.folder, self.config, self.device = folder, config, device
         self.checkpoint = folder.tensors
         self._model = empty_model(config)

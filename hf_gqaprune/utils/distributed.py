@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+
+def process_state() -> PartialState:
+    """Return accelerate's state of this process, one of several under `accelerate launch`."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def init() -> torch.device | None:
     """Join the other processes of an `accelerate launch`; the device of this one, None where it is alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
-    from accelerate import PartialState
-
-    device: torch.device = PartialState().device
+    device: torch.device = process_state().device
     return device
 
 

@@ -14,7 +14,6 @@ from shapes import SHAPES
 from transformers import LlamaConfig
 
 from hf_gqaprune import PrunedLlamaForCausalLM
-from hf_gqaprune.evaluation.report import count_parameters
 from hf_gqaprune.models.shapes import ModelShape
 from hf_gqaprune.plan import LayerPlan, PruningPlan
 from hf_gqaprune.surgery import pruned_config
@@ -74,7 +73,7 @@ def test_the_models_are_those_of_the_plans() -> None:
     assert sum(layer.kv_heads for layer in shapes) == pytest.approx(16, abs=1)
     model = generation.random_model(pruned_config(config, plan), "cpu")
     assert isinstance(model, PrunedLlamaForCausalLM) and not model.training
-    assert count_parameters(model) == plan.after.parameters
+    assert model.num_parameters() == plan.after.parameters
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32 and model.config._attn_implementation == "sdpa"
 

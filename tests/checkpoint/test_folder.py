@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,12 @@ from hf_gqaprune import (
     stream_statistics,
 )
 from hf_gqaprune.checkpoint import resolve_model, write_identity
+from hf_gqaprune.cli import main
 from hf_gqaprune.models import ModelShape
 
 WEIGHTS = "model.safetensors"
+#: a SentencePiece model with the piece `<unk>` alone
+PIECES = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02"
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -123,3 +127,24 @@ def test_an_index_needs_no_metadata(tied: Path, tmp_path: Path) -> None:
     plan = PruningPlan.keep_all(loaded.config)
     out = prune_checkpoint(tmp_path / "shards", plan, tmp_path / "out")
     assert torch.equal(resolve_model(out).load()(token_ids()).logits, model(token_ids()).logits)
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="sentencepiece is installed")
+def test_a_sentencepiece_tokenizer_names_the_library_it_needs(dense: Path) -> None:
+    (dense / "tokenizer.json").unlink()
+    (dense / "tokenizer.model").write_bytes(PIECES)
+    (dense / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    with pytest.raises(UsageError, match=r"tokenizer\.model needs sentencepiece, which is not installed: pip install sentencepiece"):
+        _ = resolve_model(dense).tokenizer
+
+
+def test_a_left_over_quantization_config_is_refused_in_one_line(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("one two three four " * 40)
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    for line in (["eval", str(dense)], ["recover", str(dense), "-o", str(tmp_path / "out")]):
+        assert main([*line, "--data", str(tmp_path / "text.txt"), "--seq-len", "32"]) == 2
+        message = capsys.readouterr().err
+        assert "is quantized" in message and message.count("\n") == 1

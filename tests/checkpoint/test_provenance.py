@@ -155,7 +155,7 @@ def test_reports_that_make_no_sense(place: Path, capsys: pytest.CaptureFixture[s
     assert "name two or three checkpoints" in refused(capsys, "eval", "model", *end)
     assert "name two or three checkpoints" in refused(capsys, "eval", "model", "one", "other", "demo", *end)
     assert "model has no prune_plan.json" in refused(capsys, "eval", "one", "model", *end)
-    assert "demo is no folder here" in refused(capsys, "eval", "model", "demo", *end)
+    assert "demo is not a local folder" in refused(capsys, "eval", "model", "demo", *end)
     assert "different plans" in refused(capsys, "eval", "model", "one", "other", *end)
     assert "add --report" in refused(capsys, "eval", "model", "one", "--data", "test.txt", "--overwrite")
     log = {"trainable": 1, "data": [{"name": "x", "split": "file", "sha256": load_text("trained.txt", split="test").sha256}]}
@@ -164,7 +164,7 @@ def test_reports_that_make_no_sense(place: Path, capsys: pytest.CaptureFixture[s
         told = refused(capsys, "eval", "model", "one", "--data", text, "--max-chars", "900", "--report")
         assert f"but {what} is the same text and was calibrated or trained on" in told
     prune("three", "--criterion", "magnitude")
-    assert "name the recovered checkpoint last" in refused(capsys, "eval", "model", "one", "three", *end)
+    assert "give the recovered checkpoint last" in refused(capsys, "eval", "model", "one", "three", *end)
     Path("twin").mkdir()
     Path("twin/test.txt").write_text("another")
     told = refused(capsys, "eval", "model", "three", "--data", "test.txt", "twin/test.txt", "--report")
@@ -194,12 +194,12 @@ def test_the_card_of_a_recovery_needs_no_report(place: Path) -> None:
     assert main(["card", "recovered", "--base-model", "model", "--license", "mit", "--name", "acme/small"]) == 0
     card = Path("recovered/README.md").read_text()
     log = json.loads(Path("recovered/training_log.json").read_text())
-    assert "then recovered by training." in card and "Nothing was measured" not in card
+    assert "then recovered by training." in card and "Nothing was evaluated" not in card
     assert f"Recovery trained {log['trainable']:,} parameters on {log['tokens']:,} tokens, merged" in card
     assert f"\n- trained (split file, sha256 {load_text('trained.txt', split='train').sha256}, rows " in card
     assert f"\n- read (split file, sha256 {load_text('read.txt', split='train').sha256}, windows 8)" in card
     first, last = (log["held_out"][at]["perplexity"] for at in (0, -1))
-    assert f"perplexity was {first:,.2f} at its beginning and {last:,.2f} at its end" in card
+    assert f"perplexity was {first:,.2f} before the training and {last:,.2f} after it" in card
     assert "compensation `natural_gradient`" in card and str(place) not in card
     assert main(["push", "recovered", "acme/small", "--dry-run"]) == 0
 

@@ -220,7 +220,7 @@ def test_a_pruned_model(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerF
 def test_a_tokenizer_of_another_model_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
-    with pytest.raises(UsageError, match="is beyond the model's 50 embeddings: this is not the model's tokenizer"):
+    with pytest.raises(UsageError, match="is beyond the model's 50 embeddings: give the model's own tokenizer"):
         evaluate_perplexity(model, tokenizer, TEXT)
 
 

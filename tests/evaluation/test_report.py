@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_gqaprune.checkpoint.provenance import refuse_overlap
 from hf_gqaprune.errors import UsageError
 from hf_gqaprune.evaluation.perplexity import PerplexityResult
-from hf_gqaprune.evaluation.report import Report, Stage, count_parameters, versions
+from hf_gqaprune.evaluation.report import Report, Stage, versions
 from hf_gqaprune.plan import LayerPlan, PruningPlan
 
 SOURCE = {"name": "books", "split": "train", "sha256": "c" * 64, "windows": 8, "weight": 1.0}
@@ -180,8 +180,8 @@ def test_stages_are_known_once_and_in_order(report: Report) -> None:
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "a report is a JSON object"),
-        ('{"version": 2}', "report version 2 cannot be read here, only 1"),
+        ("[]", "a report must be a JSON object"),
+        ('{"version": 2}', "report version 2 cannot be read, only 1"),
         ('{"version": 1, "modle": ""}', r"unknown key of a report 'modle' \(did you mean 'model'\?\)"),
         ('{"version": 1, "model": "m"}', "the report lacks 'stages'"),
         ('{"version": 1, "model": "m", "stages": 3}', "malformed report"),
@@ -199,10 +199,10 @@ def test_an_absent_file_is_named(tmp_path: Path) -> None:
 
 
 def test_tied_weights_count_once(llama: LlamaForCausalLM) -> None:
-    untied = count_parameters(llama)
+    untied = llama.num_parameters()
     assert untied == sum(tensor.numel() for tensor in llama.state_dict().values())
     llama.lm_head.weight = llama.model.embed_tokens.weight
-    assert count_parameters(llama) == untied - 259 * 32
+    assert llama.num_parameters() == untied - 259 * 32
 
 
 def test_versions_name_what_results_depend_on() -> None:

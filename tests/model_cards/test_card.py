@@ -141,7 +141,7 @@ def test_only_settings_that_differ_from_the_defaults_are_listed_and_the_recipe_i
 
 def test_without_report_and_recipe_the_card_says_that_nothing_was_measured(tmp_path: Path) -> None:
     made = card(write(tmp_path))
-    assert "No perplexity was recorded" in made.text and "evaluate before use" in made.text
+    assert "No perplexity was recorded" in made.text and "evaluate the model before use" in made.text
     assert made.data.eval_results is None and made.data.model_name is None
     assert "## Versions" not in made.text and "recipe.yaml" not in made.text
 
@@ -173,20 +173,23 @@ def test_a_recovery_without_a_report_tells_what_was_trained_and_measured(tmp_pat
     assert " % of the decoder layers'), then recovered by training." in made.text
     told = "Recovery trained 12,345 parameters on 1,280 tokens, distilled from `dense`, merged into the weights.\n\n"
     assert f"{told}Training text:\n\n- wikitext2 (split train, sha256 {SHA256}, rows 40, tokens 1280)\n" in made.text
-    assert "perplexity was 14.50 at its beginning and 11.25 at its end" in made.text
-    assert "Only rows of the training text were measured" in made.text and "Nothing was measured" not in made.text
+    assert "perplexity was 14.50 before the training and 11.25 after it" in made.text
+    assert "Only rows of the training text were evaluated" in made.text and "Nothing was evaluated" not in made.text
     assert "allocation `global`, seed 3; compensation `least_squares`." in made.text
     assert f"Calibration text:\n\n- notes (split file, sha256 {SHA256}, windows 8)\n" in made.text
     assert made.data.datasets == ["Salesforce/wikitext"]
+    kept = {"step": 3, "loss": 1.0, "perplexity": 10.75}
+    (folder / "training_log.json").write_text(training_log(kept=kept))
+    assert "perplexity was 14.50 before the training and 10.75 after it" in card(folder, overwrite=True).text
     # all weights, by cross-entropy, without rows to measure
     changes = {"settings": {"method": "full"}, "teacher": None, "held_out": []}
     (folder / "training_log.json").write_text(training_log(**changes))
     text = card(folder, overwrite=True).text
-    assert "Recovery trained 12,345 parameters on 1,280 tokens.\n" in text and "Nothing was measured" in text
+    assert "Recovery trained 12,345 parameters on 1,280 tokens.\n" in text and "Nothing was evaluated" in text
     # a report says more
     write(folder, {"stages": stages(10.0, 12.5, 11.0)})
     text = card(folder, overwrite=True).text
-    assert "recovered / dense" in text and "Only what the tables above measure" in text and "seed 7;" in text
+    assert "recovered / dense" in text and "Only the results above were measured" in text and "seed 7;" in text
     (folder / "training_log.json").write_text("{")
     with pytest.raises(UsageError, match=r"training_log\.json is not JSON"):
         card(folder, overwrite=True)

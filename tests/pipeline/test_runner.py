@@ -177,6 +177,28 @@ def test_a_finished_run_is_replaced_only_by_one_that_makes_sense(capsys, tmp_pat
     assert {path.name for path in (tmp_path / "mine").iterdir()} == {"file", "recipe.yaml"}
 
 
+def test_a_finished_run_stays_until_the_new_one_is_complete(capsys, tmp_path, recipe, monkeypatch):
+    def files():
+        return {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    quick = ["--set", "prune.criterion=magnitude", "--set", "prune.compensation=none"]
+    assert main(["run", str(recipe), *quick]) == 0
+    before = files()
+    other = [*quick, "--set", "prune.backbone_ratio=0.4"]
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "_report", interrupted)
+        assert main(["run", str(recipe), "--overwrite", *other]) == 1
+    assert files() == before
+    capsys.readouterr()
+    assert main(["run", str(recipe), "--resume", *other]) == 0
+    assert stages_of(capsys.readouterr().out) == {"pruned": "kept", "report.json": "working"}
+    assert gp.PruningPlan.load(tmp_path / "out" / "plan.json").backbone_ratio == pytest.approx(0.4, abs=0.01)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
 @pytest.mark.parametrize(
     "override, said",
     [

@@ -383,7 +383,7 @@ def lose_the_config(folder: Path) -> None:
         (unlist_a_tensor, "does not list model.layers.1.mlp.up_proj.weight, which is in model-0000"),
         (reshape_a_tensor, "model.layers.1.mlp.up_proj.weight is (32, 64), config.json makes it (64, 32)"),
         (quantize_a_tensor, "model.layers.1.mlp.up_proj.weight is torch.int8: give the checkpoint with the plain weights"),
-        (quantize_the_config, "is quantized, and cutting needs the plain weights"),
+        (quantize_the_config, "is quantized, and pruning, evaluation and recovery need the plain weights"),
         (pickle, "holds pickles (pytorch_model.bin), which are not read: convert them with python -c "),
         (lose_the_config, "holds no config.json"),
     ],

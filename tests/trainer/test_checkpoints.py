@@ -144,7 +144,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(pruned: Path, text: str, t
     _, told = child.communicate()
     last = checkpoints.latest(work)
     assert last is not None
-    assert f"{last} is kept: go on with --resume" in told and "could not be written" in told and "MiB of the disk are free" in told
+    assert f"{last} is kept: pass --resume to continue" in told and "could not be written" in told and "MiB free on the disk" in told
     recover(pruned, [text], out, resume=True, **settings)
     assert_equal_weights(out, tmp_path / "straight")
 
@@ -156,7 +156,7 @@ def test_no_room_for_the_result_keeps_the_training(pruned: Path, text: str, tmp_
     sizes = [path.stat().st_size for path in (tmp_path / "straight").rglob("*.safetensors")]
     # more than a checkpoint's parts and less than the merged weights
     assert max(sizes) > 4 * min(sizes)
-    told = "out could not be written .*out.training: go on with --resume"
+    told = "out could not be written .*out.training: pass --resume to continue"
     with files_of_at_most(max(sizes) - 1), pytest.raises(WorkError, match=told):
         recover(pruned, [text], out, **settings)
     assert not out.exists() and checkpoints.latest(work) is not None

@@ -15,11 +15,13 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_gqaprune import Calibration, UsageError
 from hf_gqaprune.configuration import RecoveryConfig
-from hf_gqaprune.trainer.data import IGNORED, Row, TrainingData, _token_shares, load_data
+from hf_gqaprune.models import IGNORED
+from hf_gqaprune.trainer.data import TrainingData, _token_shares, load_data
+from hf_gqaprune.trainer.examples import Row
 
 TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 
 Write = Callable[..., str]
@@ -46,11 +48,11 @@ def text(tmp_path: Path) -> Write:
 
 
 def load(
-    tokenizer: Any, sources: list[str], *, evaluation: tuple[str, ...] = (), seed: int = 0, **changes: Any
+    tokenizer: Any, sources: list[str], *, evaluation: tuple[str, ...] = (), seed: int = 0, vocabulary: int = 259, **changes: Any
 ) -> TrainingData:
     defaults = {"seq_len": 16, "held_out_tokens": 0, "max_tokens": None, "packing": False}
     config = RecoveryConfig.from_preset(data=sources, **{**defaults, **changes})
-    return load_data(tokenizer, config, seed=seed, evaluation=evaluation)
+    return load_data(tokenizer, config, vocabulary=vocabulary, seed=seed, evaluation=evaluation)
 
 
 def test_text_windows_are_those_of_calibration(tokenizer: PreTrainedTokenizerFast, text: Write) -> None:
@@ -88,25 +90,89 @@ def test_alpaca_columns_are_put_into_the_usual_words(tokenizer: PreTrainedTokeni
     assert sorted(tokenizer.batch_decode(scored)) == ["3</s>", "La</s>"]
 
 
+def chatty(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+    """`tokenizer` with a chat template."""
+    other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
+    other.chat_template = template
+    return other
+
+
+def scored(tokenizer: PreTrainedTokenizerFast, data: TrainingData) -> list[str]:
+    """The text of each row that carries a loss."""
+    return [tokenizer.decode([i for i in labels if i != IGNORED]) for labels in data.train["labels"]]
+
+
 def test_chats_go_through_the_chat_template(tokenizer: PreTrainedTokenizerFast, jsonl: Write) -> None:
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     path = jsonl("chats", [{"messages": chat}])
     with pytest.raises(UsageError, match="chats holds chats, and the model's tokenizer has no chat template"):
         load(tokenizer, [path], seq_len=64)
-    chatty = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
-    chatty.chat_template = TEMPLATE
-    data = load(chatty, [path], seq_len=64)
-    assert chatty.decode(data.train["input_ids"][0], skip_special_tokens=True) == "[user]hi[assistant]ho"
+    chats = chatty(tokenizer, TEMPLATE)
+    data = load(chats, [path], seq_len=64)
+    assert chats.decode(data.train["input_ids"][0], skip_special_tokens=True) == "[user]hi[assistant]ho"
     pairs = jsonl("pairs", [{"prompt": chat[:1], "completion": chat[1:]}])
-    data = load(chatty, [pairs], seq_len=64)
-    assert chatty.decode([i for i in data.train["labels"][0] if i != IGNORED]) == "ho"
+    assert scored(chats, load(chats, [pairs], seq_len=64)) == ["ho"]
+
+
+def test_only_the_assistant_s_turns_carry_a_loss(tokenizer: PreTrainedTokenizerFast, jsonl: Write) -> None:
+    turns = [("user", "hi"), ("assistant", "ho"), ("user", "why"), ("assistant", "so")]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    path = jsonl("chats", [{"messages": chat}, {"messages": chat[:1]}])
+    chats = chatty(tokenizer, TEMPLATE)
+    # a chat without a turn of the assistant is left out
+    assert scored(chats, load(chats, [path], seq_len=64)) == ["hoso"]
+    unmarked = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    with pytest.raises(UsageError, match="does not mark the assistant's turns, .*: put {% generation %} and {% endgeneration %}"):
+        load(chatty(tokenizer, unmarked), [path], seq_len=64)
+
+
+def test_known_templates_need_no_marks(tokenizer: PreTrainedTokenizerFast, jsonl: Write) -> None:
+    from trl.chat_template_utils import qwen2_5_chat_template
+
+    assert "generation %}" not in qwen2_5_chat_template
+    path = jsonl("chats", [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}])
+    chats = chatty(tokenizer, qwen2_5_chat_template)
+    (text,) = scored(chats, load(chats, [path], seq_len=512))
+    assert text == "\nho<|im_end|>\n"
+
+
+def test_an_answer_carries_its_loss_where_the_generation_prompt_is_no_prefix(
+    tokenizer: PreTrainedTokenizerFast, jsonl: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As reasoning models: the prompt ends in `<think>`, which the template strips from a finished turn."""
+    template = TEMPLATE.replace("[assistant]{% endif", "[assistant]<think>{% endif")
+    chats = chatty(tokenizer, template)
+    rows = [
+        {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": answer}]}
+        for answer in ("seven letters", "no")
+    ]
+    data = load(chats, [jsonl("pairs", rows)], seq_len=64)
+    assert sorted(scored(chats, data)) == ["no", "seven letters"]
+    texts = chats.batch_decode(list(data.train["input_ids"]))
+    assert sorted(texts) == ["[user]hi[assistant]no", "[user]hi[assistant]seven letters"]
+    warnings = [record.getMessage() for record in caplog.records if record.name.startswith("hf_gqaprune")]
+    assert len(warnings) == 1 and "pairs: the prompt alone ends in '<think>'" in warnings[0]
+
+
+def test_tokens_beyond_the_embeddings_are_refused(tokenizer: PreTrainedTokenizerFast, text: Write, jsonl: Write) -> None:
+    for source in (text("letters", "abc", 400), jsonl("pairs", [{"prompt": "ab", "completion": "cd"}])):
+        largest = max(tokenizer(["abcd"[: 3 if "letters" in source else 4]])["input_ids"][0])
+        with pytest.raises(UsageError, match=f"token {largest} of (letters|pairs) is beyond the model's {largest} embeddings: give"):
+            load(tokenizer, [source], vocabulary=largest)
+        assert load(tokenizer, [source], vocabulary=largest + 1).train
+
+
+def test_named_texts_have_one_split(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UsageError, match="split=validation: demo trains on its split train only"):
+        load(tokenizer, ["demo"], split="validation")
+    assert load(tokenizer, ["demo"], split="train").sources[0].split == "train"
 
 
 def test_a_prompt_that_fills_the_row_teaches_nothing(tokenizer: PreTrainedTokenizerFast, jsonl: Write) -> None:
     rows = [{"prompt": "a" * 30, "completion": "b"}, {"prompt": "a", "completion": "b" * 30}]
     data = load(tokenizer, [jsonl("pairs", rows)])
     assert [len(ids) for ids in data.train["input_ids"]] == [16]
-    with pytest.raises(UsageError, match="dataset pairs holds no example with text within 16 tokens"):
+    with pytest.raises(UsageError, match="dataset pairs holds no example with text to train on within 16 tokens"):
         load(tokenizer, [jsonl("pairs", rows[:1])])
 
 
@@ -124,17 +190,16 @@ def test_columns_that_make_no_example_are_listed(tokenizer: PreTrainedTokenizerF
         ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}, "row 2 of odd holds None in column 'completion'"),
         ({"instruction": "a", "output": "b"}, {"instruction": 3, "output": "b"}, "row 2 of odd holds"),
         ({"messages": [{"role": "user", "content": "a"}]}, {"messages": None}, "row 2 of odd holds None in column 'messages'"),
-        ({"messages": [{"role": "user"}]}, {"messages": []}, "does not take a chat of dataset odd: .*content"),
+        ({"messages": [{"role": "user"}]}, {"messages": []}, "does not accept a chat of dataset odd: .*content"),
         ({"question": "a"}, {"question": "b"}, "has columns question; training needs one of"),
     ],
 )
 def test_rows_without_text_are_named(
     tokenizer: PreTrainedTokenizerFast, jsonl: Write, good: dict[str, Any], bad: dict[str, Any], message: str, streaming: bool
 ) -> None:
-    chatty = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
-    chatty.chat_template = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    chats = chatty(tokenizer, "{% for m in messages %}{% generation %}{{ m.role + m.content }}{% endgeneration %}{% endfor %}")
     with pytest.raises(UsageError, match=message) as caught:
-        load(chatty, [jsonl("odd", [good, bad])], streaming=streaming, max_tokens=10_000)
+        load(chats, [jsonl("odd", [good, bad])], streaming=streaming, max_tokens=10_000)
     assert "\n" not in str(caught.value)
 
 

@@ -18,7 +18,7 @@ from hf_gqaprune import make_plan, prune, recover
 from hf_gqaprune.checkpoint import identity
 from hf_gqaprune.errors import WorkError
 from hf_gqaprune.models import top_log_probs
-from hf_gqaprune.trainer.blockwise import reconstruct
+from hf_gqaprune.trainer.blockwise import fit_blocks
 from hf_gqaprune.trainer.distill import losses
 
 
@@ -93,7 +93,8 @@ def test_the_first_loss_is_the_divergence_of_pruned_from_dense(
     from hf_gqaprune.configuration import RecoveryConfig
     from hf_gqaprune.trainer.data import load_data
 
-    data = load_data(AutoTokenizer.from_pretrained(pruned), RecoveryConfig.from_preset(data=[text], **settings), seed=0)
+    config = RecoveryConfig.from_preset(data=[text], **settings)
+    data = load_data(AutoTokenizer.from_pretrained(pruned), config, vocabulary=259, seed=0)
     ids = torch.tensor(data.train["input_ids"][:])
     with torch.no_grad():
         student = AutoModelForCausalLM.from_pretrained(pruned)(ids)
@@ -132,7 +133,7 @@ def test_a_full_gpu_says_which_settings_take_less(
             ({}, "teacher_cache=true, or set quantize=4bit"),
             ({"teacher_cache": True, "method": "full"}, "method=lora"),
         ):
-            told = rf"lower device_tokens \(4096\) or seq_len \(\d+\), or set {ways}, and start anew"
+            told = rf"lower device_tokens \(4096\) or seq_len \(\d+\), or set {ways}, and start again"
             with pytest.raises(WorkError, match=rf"memory of cpu is full \(CUDA out of memory\): {told}"):
                 recover(pruned, [text], tmp_path / "out", overwrite=True, **settings, **changes)
     assert recover(pruned, [text], tmp_path / "out", overwrite=True, **settings).is_dir()
@@ -144,7 +145,7 @@ def test_blocks_of_the_pruned_model_move_towards_the_dense_ones() -> None:
     student = prune(dense, plan, compensation="none")
     ids = token_ids(24, 12)
     before = copy.deepcopy(dense.state_dict())
-    found = reconstruct(student, dense, ids, rows=8, learning_rate=1e-2, epochs=6, seed=0)
+    found = fit_blocks(student, dense, ids, rows=8, learning_rate=1e-2, epochs=6, seed=0)
     assert all(block.after < block.before for block in found if block.before > 1e-9)
     assert all(block.after <= block.before for block in found) and found[-1].before > 1e-3
     assert [(block.layer, block.block) for block in found] == [
@@ -173,7 +174,7 @@ def test_reconstruction_changes_only_what_trains() -> None:
     with torch.no_grad():
         student.base_model.model.model.layers[0].mlp.up_proj.weight[0] = 0
     before = {name: p.clone() for name, p in student.named_parameters()}
-    reconstruct(student, dense, token_ids(8, 12), rows=4, learning_rate=1e-2, epochs=2, seed=0)
+    fit_blocks(student, dense, token_ids(8, 12), rows=4, learning_rate=1e-2, epochs=2, seed=0)
     changed = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
     assert changed and all("lora_" in name for name in changed)
 
@@ -183,7 +184,7 @@ def test_the_dense_model_may_compute_in_another_dtype(student_dtype: torch.dtype
     dense = tiny_llama()
     plan = make_plan(model=dense, backbone_ratio=0.3, criterion="magnitude")
     student = prune(dense, plan, compensation="none").to(student_dtype)
-    found = reconstruct(student, dense.to(dense_dtype), token_ids(16, 12), rows=8, learning_rate=1e-2, epochs=2, seed=0)
+    found = fit_blocks(student, dense.to(dense_dtype), token_ids(16, 12), rows=8, learning_rate=1e-2, epochs=2, seed=0)
     assert found[-1].after < found[-1].before
     assert {parameter.dtype for parameter in student.parameters()} == {student_dtype}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,7 +21,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_gqaprune import UsageError
 from hf_gqaprune.configuration import RecoveryConfig, builtin
-from hf_gqaprune.trainer.launch import accelerate_flags, launch
+from hf_gqaprune.trainer.launch import accelerate_flags, launch, thread_flags
 from hf_gqaprune.trainer.recovery import main
 from hf_gqaprune.trainer.request import make_request
 from hf_gqaprune.trainer.steps import plan_steps
@@ -74,6 +75,27 @@ def _other(folder: Path, tmp_path: Path) -> Path:
         parameter.data.mul_(2 if parameter.ndim == 2 else 1)
     model.save_pretrained(tmp_path / "teacher")
     return tmp_path / "teacher"
+
+
+@pytest.mark.parametrize(("flags", "options", "threads"), [([], {}, None), (["--num_processes", "2"], {}, 2), ([], {"threads": 1}, 1)])
+def test_the_processes_share_all_cores(
+    folder: Path, text: str, tmp_path: Path, flags: list[str], options: dict[str, int], threads: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """`threads`: as given, or the number of processes that divide the cores."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    out = launch(folder, [text], tmp_path / "out", accelerate=flags, **{**SETTINGS, "max_tokens": 512}, **options)
+    cores = len(os.sched_getaffinity(0))
+    expected = options.get("threads") or max(1, cores // (threads or 1))
+    assert json.loads((out / "training_log.json").read_text())["threads"] == expected
+
+
+def test_the_user_s_threads_have_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = accelerate_flags(["--accelerate_config", "single"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert thread_flags(flags, None) == []
+    assert thread_flags(flags, 5) == ["--num_cpu_threads_per_process", "5"]
+    assert thread_flags([*flags, "--num_cpu_threads_per_process", "7"], 5) == []
 
 
 def test_what_a_process_refuses_arrives_as_one_line(

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_gqaprune import PrunedLlamaForCausalLM, UsageError, WorkError, merge, recover
 from hf_gqaprune.checkpoint import identity
+from hf_gqaprune.configuration import RecoveryConfig
+from hf_gqaprune.trainer.data import load_data
 from hf_gqaprune.trainer.models import lora_targets
 
 
@@ -82,12 +84,10 @@ def test_the_log_says_what_was_trained(pruned: Path, text: str, tmp_path: Path) 
 
 def test_held_out_perplexity_is_that_of_the_rows(dense: Path, text: str, tmp_path: Path) -> None:
     """The last measurement equals one of the merged checkpoint on the rows that did not train."""
-    from hf_gqaprune.configuration import RecoveryConfig
-    from hf_gqaprune.trainer.data import load_data
-
     settings = {**SETTINGS, "max_tokens": 1600, "held_out_tokens": 64}
     out = recover(dense, [text], tmp_path / "out", **settings)
-    data = load_data(AutoTokenizer.from_pretrained(dense), RecoveryConfig.from_preset(data=[text], **settings), seed=0)
+    config = RecoveryConfig.from_preset(data=[text], **settings)
+    data = load_data(AutoTokenizer.from_pretrained(dense), config, vocabulary=259, seed=0)
     ids = torch.tensor(data.held_out["input_ids"])
     assert ids.shape == (2, 32)
     model = AutoModelForCausalLM.from_pretrained(out)
@@ -221,6 +221,42 @@ def test_early_stopping_keeps_the_best_weights(dense: Path, text: str, tmp_path:
     out = recover(dense, [text], tmp_path / "out", patience=1, evaluations=12, held_out_tokens=64, **settings)
     log = json.loads((out / "training_log.json").read_text())
     assert log["steps"] < 12
+    assert log["kept"] == min(log["held_out"], key=lambda entry: entry["loss"])
+
+
+@pytest.mark.parametrize(("method", "rate"), [("lora", 3.0), ("full", 1.0)])
+def test_a_training_that_makes_it_worse_keeps_the_weights_as_they_were(
+    pruned: Path, text: str, tmp_path: Path, method: str, rate: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {**SETTINGS, "learning_rate": rate, "schedule": "constant", "warmup": 0.0, "held_out_tokens": 64}
+    out = recover(pruned, [text], tmp_path / "out", method=method, **settings)
+    log = json.loads((out / "training_log.json").read_text())
+    assert log["kept"]["step"] == 0 and log["held_out"][-1]["loss"] > log["held_out"][0]["loss"]
+    assert_equal_weights(out, pruned)
+    assert "no evaluation improved on the held-out loss before the training" in caplog.text
+    if method == "lora":
+        assert_equal_weights(merge(out / "adapter", tmp_path / "again"), pruned)
+
+
+def test_the_best_evaluation_is_kept(dense: Path, text: str, tmp_path: Path) -> None:
+    """The weights of the output have the lowest held-out loss, whichever evaluation it was."""
+    settings = {**SETTINGS, "max_tokens": 768 * 4, "learning_rate": 0.03, "schedule": "constant", "evaluations": 12}
+    out = recover(dense, [text], tmp_path / "out", held_out_tokens=64, **settings)
+    log = json.loads((out / "training_log.json").read_text())
+    assert log["kept"] == min(log["held_out"], key=lambda entry: entry["loss"]) and log["kept"]["step"] > 0
+    config = RecoveryConfig.from_preset(data=[text], held_out_tokens=64, **settings)
+    rows = load_data(AutoTokenizer.from_pretrained(dense), config, vocabulary=259, seed=0).held_out["input_ids"]
+    ids = torch.tensor(rows[:])
+    with torch.no_grad():
+        loss = AutoModelForCausalLM.from_pretrained(out)(ids, labels=ids).loss
+    assert log["kept"]["loss"] == pytest.approx(float(loss), abs=1e-5)
+
+
+def test_threads_are_those_asked_for_and_given_back(dense: Path, text: str, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    out = recover(dense, [text], tmp_path / "out", threads=before + 1, **SETTINGS)
+    assert json.loads((out / "training_log.json").read_text())["threads"] == before + 1
+    assert torch.get_num_threads() == before
 
 
 # --- requests that make no sense
@@ -232,26 +268,26 @@ def test_early_stopping_keeps_the_best_weights(dense: Path, text: str, tmp_path:
         ({"preset": "defualt"}, r"unknown preset 'defualt' \(did you mean 'default'\?\)"),
         ({"schedule": "cosin"}, r"unknown schedule 'cosin' \(did you mean 'cosine'\?\)"),
         ({"packing": "no"}, "packing='no' must be true or false"),
-        ({"learning_rate": "fast"}, "learning_rate='fast' must be positive and finite"),
+        ({"learning_rate": "fast"}, "learning_rate='fast' must be a number"),
         ({"report_to": "tensorbord"}, r"unknown tracker in report_to: 'tensorbord' \(did you mean 'tensorboard'\?\)"),
         ({"report_to": ["mlflow"]}, "report_to=mlflow needs mlflow: pip install mlflow"),
-        ({"split": "train+test"}, "split=train\\+test is for evaluation and never trains"),
+        ({"split": "train+test"}, "split='train\\+test' is for evaluation and never trains"),
         ({"rnak": 4}, r"unknown recovery setting 'rnak' \(did you mean 'rank'\?\)"),
         ({"rank": 0}, "rank=0 must be a whole number from 1"),
-        ({"learning_rate": -1}, "learning_rate=-1 must be positive and finite"),
+        ({"learning_rate": -1}, "learning_rate=-1.0 must be positive and finite"),
         ({"learning_rate": math.nan}, "learning_rate=nan must be positive and finite"),
-        ({"dropout": 1.5}, "dropout=1.5 must be from 0 to 1"),
+        ({"dropout": 1.5}, "dropout=1.5 must be a number from 0 to 1"),
         ({"max_tokens": 0}, "max_tokens=0 must be a whole number from 1"),
         ({"seq_len": 129}, "seq_len=129 is longer than the 128 positions"),
         ({"seq_len": 1}, "seq_len=1 must be a whole number from 2"),
-        ({"split": "test"}, "split=test is for evaluation and never trains"),
+        ({"split": "test"}, "split='test' is for evaluation and never trains"),
         ({"streaming": True, "max_tokens": None, "preset": "alpaca"}, "streaming needs an end: set max_tokens"),
         ({"quantize": "4bit"}, "quantize=4bit needs bitsandbytes: pip install bitsandbytes"),
         ({"quantize": "4bit", "method": "full"}, "use method=lora"),
         ({"method": "qlora"}, "unknown method 'qlora' .*allowed: lora, full"),
         ({"patience": 1, "held_out_tokens": 0}, "patience needs text to measure on"),
         ({"distillation": 0.5}, "need the dense model: pass --teacher"),
-        ({"data": []}, "no training text was named"),
+        ({"data": []}, "no training text was given"),
         ({"data": ["nosuchtext"]}, "unknown text 'nosuchtext'"),
         ({"data": ["no/such/file.txt"]}, "no such file: no/such/file.txt"),
         ({"model": "/no/such/folder"}, "no such model folder: /no/such/folder"),
@@ -271,10 +307,10 @@ def test_every_schedule_is_one_of_transformers() -> None:
     from torch.optim import AdamW
     from transformers import get_scheduler
 
-    from hf_gqaprune.configuration.recovery import SCHEDULES
+    from hf_gqaprune.configuration.recovery import Schedule
 
     optimizer = AdamW([torch.nn.Parameter(torch.ones(1))])
-    for name in SCHEDULES:
+    for name in get_args(Schedule):
         get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=10)
 
 
@@ -295,7 +331,7 @@ def test_a_folder_of_the_name_of_the_training_stays(dense: Path, text: str, tmp_
     notes.parent.mkdir()
     notes.write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(UsageError, match="out.training, where the training would be kept, is something else"):
+        with pytest.raises(UsageError, match="out.training, where the training would be kept, holds other files"):
             recover(dense, [text], tmp_path / "out", overwrite=overwrite, **SETTINGS)
     assert notes.read_text() == "mine"
 
@@ -303,7 +339,7 @@ def test_a_folder_of_the_name_of_the_training_stays(dense: Path, text: str, tmp_
 def test_text_that_will_be_evaluated_on_never_trains(dense: Path, text: str, tmp_path: Path) -> None:
     copy = tmp_path / "copy.txt"
     shutil.copyfile(text, copy)
-    with pytest.raises(UsageError, match="animals .file. is what evaluation measures on and never trains"):
+    with pytest.raises(UsageError, match="animals .file. will be evaluated on and cannot be trained on"):
         recover(dense, [text], tmp_path / "out", evaluation=[str(copy)], **SETTINGS)
 
 
@@ -313,11 +349,43 @@ def test_text_of_less_than_one_window_is_refused(dense: Path, tmp_path: Path) ->
         recover(dense, [str(tmp_path / "short.txt")], tmp_path / "out", **SETTINGS)
 
 
+def test_a_tokenizer_larger_than_the_embeddings_is_refused(dense: Path, text: str, tmp_path: Path) -> None:
+    from support.tiny import tiny_llama
+
+    tiny_llama().save_pretrained(dense)
+    with pytest.raises(UsageError, match=r"token \d+ of animals is beyond the model's 48 embeddings"):
+        recover(dense, [text], tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out.training").exists()
+
+
+def test_a_padding_token_beyond_the_embeddings_is_not_used(dense: Path, tmp_path: Path) -> None:
+    """As where a padding token was added to the tokenizer alone; examples of unequal length are padded."""
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    assert tokenizer.pad_token_id == 259
+    tokenizer.save_pretrained(dense)
+    rows = [{"prompt": "ab", "completion": "cd" * (i % 5 + 1)} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = recover(dense, [str(tmp_path / "pairs.jsonl")], tmp_path / "out", packing=False, **SETTINGS)
+    assert AutoTokenizer.from_pretrained(out).pad_token_id == 259
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_quantized_weights_are_refused(dense: Path, text: str, tmp_path: Path, role: str) -> None:
+    """As where the weights were dequantized and the config was not."""
+    other = Path(shutil.copytree(dense, tmp_path / "quantized"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    student, teacher = (other, None) if role == "student" else (dense, other)
+    with pytest.raises(UsageError, match="quantized is quantized, and pruning, evaluation and recovery need the plain weights"):
+        recover(student, [text], tmp_path / "out", teacher=teacher, **SETTINGS)
+
+
 def test_a_teacher_of_another_vocabulary_is_refused(dense: Path, text: str, tmp_path: Path) -> None:
     from support.tiny import tiny_llama
 
     tiny_llama().save_pretrained(tmp_path / "other")
     with pytest.raises(UsageError, match="has a vocabulary of 48, .* one of 259"):
         recover(dense, [text], tmp_path / "out", teacher=tmp_path / "other", distillation=0.5, **SETTINGS)
-    with pytest.raises(UsageError, match="preset alpaca has no use for a teacher"):
+    with pytest.raises(UsageError, match="preset alpaca does not distil"):
         recover(dense, [text], tmp_path / "out", teacher=dense, preset="alpaca")

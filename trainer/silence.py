@@ -1,4 +1,4 @@
-"""What libraries say of themselves is kept from the user."""
+"""Silence third-party progress bars and warnings."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars where there is no terminal, and no warnings about calls that are not the user's."""
+def silenced_libraries() -> Iterator[None]:
+    """Hide progress bars if stderr is no terminal, and warnings about calls the user did not make; restore both."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
@@ -24,7 +24,7 @@ def quiet() -> Iterator[None]:
             hidden.append(enable_progress_bars)
     try:
         with warnings.catch_warnings():
-            # peft asks transformers by the old name
+            # peft calls transformers by a deprecated name
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             yield
     finally:
