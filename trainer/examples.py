@@ -216,7 +216,8 @@ def _marking_template(tokenizer: Any, source: Examples) -> str | None:
     if has_generation_markers(own["default"] if isinstance(own, dict) else own):
         return None
     try:
-        return get_training_chat_template(tokenizer)
+        template: str | None = get_training_chat_template(tokenizer)
+        return template
     except ValueError as error:
         raise UsageError(
             f"dataset {source.name} holds messages, and the model's chat template does not mark the assistant's turns, the "

@@ -114,7 +114,7 @@ def _recorded_base(adapter: Path) -> str:
     path = adapter / BASE_FILE
     if not path.is_file():
         raise UsageError(f"{adapter} does not say where its base is: pass --base")
-    base = json.loads(path.read_text(encoding="utf-8"))["base"]
+    base = str(json.loads(path.read_text(encoding="utf-8"))["base"])
     if Path(base).is_absolute() and not Path(base).is_dir():
         raise UsageError(f"the base of {adapter} is no longer in {base}: pass --base")
     return str(base)

@@ -58,7 +58,7 @@ class RecoveryTrainer(SFTTrainer):
             raise self.not_finite_error(f"loss is {float(loss.detach())}")
         return loss
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         self._held_out.zero_()
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         return metrics

@@ -118,9 +118,9 @@ def test_killed_three_times_it_ends_with_the_same_weights(pruned: Path, dense: P
 
 def test_terminated_it_takes_along_what_it_has_started(pruned: Path, text: str, tmp_path: Path) -> None:
     out, work = tmp_path / "out", tmp_path / "out.training"
-    settings = [f"{key}={value}" for key, value in {**SETTINGS, "max_tokens": 768 * 40, "checkpoints": 120}.items()]
+    settings = {**SETTINGS, "max_tokens": 768 * 40, "checkpoints": 120}
     line = ["-m", "hf_gqaprune", "recover", str(pruned), "--data", text, "-o", str(out)]
-    changes = [word for setting in settings for word in ("--set", setting)]
+    changes = [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     child = subprocess.Popen([sys.executable, *line, *changes], stderr=subprocess.PIPE, text=True)
     wait_for(child, work / "checkpoint-1")
     child.terminate()

@@ -236,7 +236,7 @@ def test_a_failure_is_told_with_its_reason(folder: Path, text: str, tmp_path: Pa
         "the loss is nan at step 1, in a batch of 8 rows"
     )
     # what nobody expected, with its traceback
-    config.write_text(yaml.safe_dump({**arguments, "overwrite": True, "data": [[text]]}))
+    config.write_text(yaml.safe_dump({**arguments, "overwrite": True, "evaluation": [[text]]}))
     assert main(["--config", str(config), "--failure", str(failure)]) == 0
     told = json.loads(failure.read_text())
     assert told["kind"] == "AttributeError" and "Traceback" in told["traceback"]
