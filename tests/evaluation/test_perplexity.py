@@ -233,7 +233,7 @@ def test_a_tokenizer_of_another_model_is_refused(tokenizer: PreTrainedTokenizerF
         ({"seq_len": 16, "stride": 0}, "stride=0 must be from 1 to 15"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"max_chars": 0}, "max_chars=0 must be at least 1"),
-        ({"seq_len": 128, "drop_tail": True}, "the text letters has 88 tokens, at least 127 are needed"),
+        ({"seq_len": 128, "drop_tail": True}, "the text letters has 88 tokens, scoring needs at least 127"),
     ],
 )
 def test_requests_that_make_no_sense(
@@ -246,9 +246,9 @@ def test_requests_that_make_no_sense(
 def test_texts_too_short_to_score(
     llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, without_bos: PreTrainedTokenizerFast
 ) -> None:
-    with pytest.raises(UsageError, match="the text short has 0 tokens, at least 1 are needed"):
+    with pytest.raises(UsageError, match="the text short has 0 tokens, scoring needs at least 1"):
         evaluate_perplexity(llama, tokenizer, Text("short", "test", ""))
-    with pytest.raises(UsageError, match="the text short has 1 tokens, at least 2 are needed"):
+    with pytest.raises(UsageError, match="the text short has 1 tokens, scoring needs at least 2"):
         evaluate_perplexity(llama, without_bos, Text("short", "test", "a"))
     assert evaluate_perplexity(llama, tokenizer, Text("short", "test", "a")).tokens == 1
 
