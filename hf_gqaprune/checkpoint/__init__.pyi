@@ -13,6 +13,7 @@ from .provenance import read_training_log as read_training_log
 from .provenance import refuse_overlap as refuse_overlap
 from .provenance import texts_used as texts_used
 from .reader import Checkpoint as Checkpoint
+from .saving import CARRIED_FILES as CARRIED_FILES
 from .saving import copy_carried_files as copy_carried_files
 from .saving import write_checkpoint as write_checkpoint
 from .writer import ShardWriter as ShardWriter

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 #: optional files of a checkpoint besides config and weights
-_CARRIED_FILES = (
+CARRIED_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja"),
     *("generation_config.json", "recipe.yaml", "LICENSE*", "USE_POLICY*", "NOTICE*"),
@@ -25,7 +25,7 @@ def copy_carried_files(base: str | os.PathLike[str], output: Path, *patterns: st
 
     `patterns` name further files.
     """
-    for pattern in (*_CARRIED_FILES, *patterns):
+    for pattern in (*CARRIED_FILES, *patterns):
         for path in Path(base).glob(pattern):
             target = output / path.relative_to(base)
             if not target.exists():
