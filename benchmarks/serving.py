@@ -1,9 +1,9 @@
 """Compare checkpoints in llama.cpp, in every dtype, with transformers: perplexity, file size and decoding speed.
 
-    python benchmarks/serving.py DENSE PRUNED... --text FILE [--windows 8] [--seq-len 512]
+    python benchmarks/serving.py DENSE PRUNED... --text FILE [--windows 8] [--seq-len 512] [--rounds 3] [--threads 2]
 
 Needs the environment of `make test-serving`. Perplexity is over the same windows everywhere: BOS and seq_len - 1 tokens.
-Speeds are the best of three rounds in which all files take turns.
+Speeds are the best of some rounds in which all files take turns; none are measured in 0 rounds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_gqaprune as gp
 
 DTYPES = ("f32", "f16", "q8_0")
-THREADS = 2
 
 
 def windows(folder: Path, text: str, count: int, seq_len: int) -> list[list[int]]:
@@ -43,9 +42,9 @@ def perplexity_in_transformers(folder: Path, texts: list[list[int]]) -> float:
     return float(np.exp(total / sum(len(ids) - 1 for ids in texts)))
 
 
-def perplexity_in_llama_cpp(file: Path, texts: list[list[int]]) -> float:
+def perplexity_in_llama_cpp(file: Path, texts: list[list[int]], threads: int) -> float:
     length = len(texts[0])
-    served = llama_cpp.Llama(str(file), n_ctx=length, n_batch=length, logits_all=True, n_threads=THREADS, verbose=False)
+    served = llama_cpp.Llama(str(file), n_ctx=length, n_batch=length, logits_all=True, n_threads=threads, verbose=False)
     total = 0.0
     for ids in texts:
         served.reset()
@@ -54,9 +53,9 @@ def perplexity_in_llama_cpp(file: Path, texts: list[list[int]]) -> float:
     return float(np.exp(total / sum(len(ids) - 1 for ids in texts)))
 
 
-def decoding_speed(file: Path, prompt: list[int], tokens: int = 64) -> float:
+def decoding_speed(file: Path, prompt: list[int], threads: int, tokens: int = 64) -> float:
     """Tokens per second after the prompt."""
-    served = llama_cpp.Llama(str(file), n_ctx=256, n_threads=THREADS, verbose=False)
+    served = llama_cpp.Llama(str(file), n_ctx=256, n_threads=threads, verbose=False)
     served.eval(prompt)
     begun = time.perf_counter()
     for index in range(tokens):
@@ -79,6 +78,8 @@ def main() -> None:
     parser.add_argument("--text", required=True, type=Path)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     texts = windows(args.models[0], args.text.read_text(encoding="utf-8"), args.windows, args.seq_len)
     print(f"{args.windows} windows of {args.seq_len} tokens of {args.text.name}; transformers in float32")
@@ -90,14 +91,17 @@ def main() -> None:
                 path = Path(scratch) / f"{folder.name}-{dtype}.gguf"
                 files[folder.name, dtype] = gp.export(folder, path, dtype=dtype).path
             files[folder.name, "q4_k_m"] = quantized(files[folder.name, "f16"])
-        rounds = [{key: decoding_speed(file, texts[0][:64]) for key, file in files.items()} for _ in range(3)]
+        rounds = [
+            {key: decoding_speed(file, texts[0][:64], args.threads) for key, file in files.items()} for _ in range(args.rounds)
+        ]
         for folder in args.models:
             reference = perplexity_in_transformers(folder, texts)
             print(f"| {folder.name} | transformers | | {reference:.3f} | | |", flush=True)
             for dtype in (*DTYPES, "q4_k_m"):
-                key, found = (folder.name, dtype), perplexity_in_llama_cpp(files[folder.name, dtype], texts)
-                size, speed = files[key].stat().st_size / 1e6, max(speeds[key] for speeds in rounds)
-                row = (folder.name, dtype, f"{size:.0f}", f"{found:.3f}", f"{found / reference:.4f}", f"{speed:.1f}")
+                key, found = (folder.name, dtype), perplexity_in_llama_cpp(files[folder.name, dtype], texts, args.threads)
+                speed = f"{max(speeds[key] for speeds in rounds):.1f}" if rounds else ""
+                size = f"{files[key].stat().st_size / 1e6:.0f}"
+                row = (folder.name, dtype, size, f"{found:.3f}", f"{found / reference:.4f}", speed)
                 print(f"| {' | '.join(row)} |", flush=True)
 
 

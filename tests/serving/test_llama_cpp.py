@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from support.tokenizers_served import TOKENIZERS, save_tokenizer
 from transformers import AutoTokenizer
 
 import hf_gqaprune as gp
+from hf_gqaprune.data.demo import demo_model_path, demo_text
 
 
 def engine(path: Path, **options: Any) -> llama_cpp.Llama:
@@ -89,6 +92,17 @@ def test_a_padded_llama_is_served_as_the_checkpoint_is(tmp_path):
     with torch.no_grad():
         expected = model(ids).logits[0].numpy()
     assert np.abs(logits(served, ids[0].tolist()) - expected).max() < 1e-4
+
+
+def test_perplexity_of_the_demo_is_that_of_transformers(tmp_path):
+    (tmp_path / "text.txt").write_text(demo_text("test", 3000))
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "serving.py"
+    options = ["--text", tmp_path / "text.txt", "--windows", "2", "--seq-len", "128"]
+    done = subprocess.run([sys.executable, script, demo_model_path(), *options], capture_output=True, text=True, check=True)
+    rows = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines() if line.startswith("| demo_model")]
+    ratios = {row[2]: float(row[5]) for row in rows if row[5]}
+    assert ratios["f32"] == 1 and ratios["f16"] == pytest.approx(1, abs=1e-3)
+    assert ratios["q8_0"] == pytest.approx(1, abs=0.01) and ratios["q4_k_m"] == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
