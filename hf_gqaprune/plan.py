@@ -1,11 +1,11 @@
-"""Sizes and indices go in, a pruning plan comes out: which units each block keeps, at what cost, as data on disk."""
+"""Say which units each block keeps, at what cost: a pruning plan, as data that is saved and compared."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,7 +153,8 @@ class PruningPlan:
             source = dict(data["source"])
             source["layers"] = tuple(LayerShape(**layer) for layer in source["layers"])
             layers = tuple(LayerPlan(**{n: _indices(r) for n, r in layer.items()}) for layer in data["layers"])
-            rest = {key: data[key] for key in ("criterion", "allocation", "attention_bias", "mlp_bias")}
+            rest = {key: _typed(data, key, str) for key in ("criterion", "allocation")}
+            rest |= {key: _typed(data, key, bool) for key in ("attention_bias", "mlp_bias")}
             shape = ModelShape(**source)
         except (KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"malformed pruning plan: {error}") from error
@@ -241,8 +242,19 @@ def plan_table(plan: PruningPlan) -> str:
     return "\n".join([*body, "", *totals])
 
 
+def _typed(data: Mapping[str, Any], key: str, kind: type) -> Any:
+    if type(data[key]) is not kind:
+        raise UsageError(f"malformed pruning plan: {key} must be a {kind.__name__}, got {data[key]!r}")
+    return data[key]
+
+
 def _check_source(source: ModelShape) -> None:
+    for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        _typed(asdict(source), name, bool)
+    _typed(asdict(source), "dtype", str)
     sizes: dict[str, Any] = {"hidden_size": source.hidden_size, "vocab_size": source.vocab_size}
+    if 0 in sizes.values() or not source.layers:
+        raise UsageError(f"malformed pruning plan: a model of {sizes} and {len(source.layers)} layers has no parameters")
     for index, shape in enumerate(source.layers):
         sizes |= {f"layer {index}: {name}": size for name, size in asdict(shape).items()}
     for name, size in sizes.items():

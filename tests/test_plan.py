@@ -553,3 +553,17 @@ def test_the_largest_ratio_named_in_the_refusal_is_possible() -> None:
     most = float(str(error.value).split("at most ")[1].split(")")[0])
     plan = make_plan(model=model, ratio=most)
     assert [(layer.kv_heads, layer.ffn) for layer in plan.target.layers] == [(1, 1), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention_bias", "no"), ("mlp_bias", 1), ("criterion", 7), ("allocation", None),
+        ("dtype", 7), ("tie_word_embeddings", "yes"), ("hidden_size", 0), ("vocab_size", 0), ("hidden_size", True),
+    ],
+)  # fmt: skip
+def test_values_of_another_type_are_refused(key: str, value: object) -> None:
+    data = PruningPlan.keep_all(tiny_config()).to_dict()
+    (data["source"] if key in data["source"] and key not in ("attention_bias", "mlp_bias") else data)[key] = value
+    with pytest.raises(UsageError, match="malformed pruning plan"):
+        PruningPlan.from_dict(data)

@@ -77,7 +77,7 @@ def load_data(
     opened = [open_source(name, config.split, config.streaming) for name, _ in weighted]
     _refuse_evaluated(opened, evaluation)
     limit = config.max_tokens if config.streaming else None
-    pools = [tokenized(tokenizer, source, config.seq_len or 0, limit) for source in opened]
+    pools = [tokenized(tokenizer, source, config.seq_len or 0, limit, config.max_tokens) for source in opened]
     for source, pool in zip(opened, pools, strict=True):
         check_token_ids(max(max(row.ids) for row in pool), vocabulary, source.name)
     rng = random.Random(seed)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from ..data import NAMED, TABLES, Text, cut_windows, load_text, open_dataset, token_ids
+from ..data import NAMED, TABLES, Text, cut_windows, load_text, open_dataset, token_ids, token_windows
 from ..errors import UsageError, unknown
 from ..models import IGNORED
 
@@ -101,10 +101,17 @@ def open_source(source: str, split: str, streaming: bool = False) -> Text | Exam
     return Examples(name, split, kind, rows)
 
 
-def tokenized(tokenizer: Any, source: Text | Examples, seq_len: int, limit: int | None = None) -> list[Row]:
-    """Return the rows of a source in order; for a stream, only as many as it takes to reach `limit` tokens."""
+def tokenized(
+    tokenizer: Any, source: Text | Examples, seq_len: int, limit: int | None = None, tokens_used: int | None = None
+) -> list[Row]:
+    """Return the rows of a source in order; for a stream, only as many as it takes to reach `limit` tokens.
+
+    Of a very long text, of which `tokens_used` will be trained on, only parts are tokenized: see `token_windows`.
+    """
     if isinstance(source, Text):
-        return _windows(tokenizer, token_ids(tokenizer, source.content), seq_len, source.name)
+        # twice as many as are used, so that the held-out ones can be spared
+        wanted = len(source.content) if tokens_used is None else 2 * tokens_used // seq_len + 1
+        return [Row(row) for row in token_windows(tokenizer, source, seq_len, wanted).tolist()]
     if source.kind == "text":
         return _streamed_windows(tokenizer, source, seq_len, limit)
     template = _marking_template(tokenizer, source) if source.kind == "messages" else None

@@ -17,6 +17,7 @@ from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
 
 from ..data import demo_model_path
 from ..errors import UsageError
+from ..models import empty_model, expected_tensors
 from ..utils import AUTO, CPU, select_device, sha256
 from .identity import IDENTITY_FILE
 from .reader import Checkpoint
@@ -115,10 +116,11 @@ class ModelFolder:
         return sha256((stats, layout, (self.path / "config.json").read_bytes()))
 
     def check_weights(self) -> None:
-        """Raise [`UsageError`] for quantized, damaged or missing weights."""
+        """Raise [`UsageError`] if weights are absent, quantized, damaged, or of other shapes than the config says."""
         self.check_unquantized()
         if any(self.path.glob("*.safetensors")):
-            _ = self.tensors
+            for name, tensor in expected_tensors(empty_model(self.config)).items():
+                self.check_shape(name, tuple(tensor.shape))
         elif not any(self.path.glob("*.bin")):
             raise UsageError(f"{self} holds no weights (*.safetensors): give the folder of a whole checkpoint")
 
@@ -129,6 +131,12 @@ class ModelFolder:
                 f"{self} is quantized, and pruning, evaluation and recovery need the plain weights: give the checkpoint it "
                 "was made from, or remove a left-over quantization_config from config.json"
             )
+
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise [`UsageError`] if the tensor `name` is stored with another shape."""
+        stored = self.tensors.tensors.get(name)
+        if stored is not None and stored.shape != shape:
+            raise UsageError(f"{stored.file}: {name} is {stored.shape}, config.json makes it {shape}")
 
     def load(
         self, dtype: torch.dtype | str = "auto", device: torch.device | str | None = CPU, **options: Any

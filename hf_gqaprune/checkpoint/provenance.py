@@ -1,4 +1,4 @@
-"""A checkpoint folder goes in; what text its weights have seen, and how they were pruned and trained, comes out."""
+"""Tell which text a checkpoint was calibrated and trained on."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ LOG_FILE = "training_log.json"
 
 
 def format_sources(sources: Iterable[Mapping[str, Any]]) -> str:
-    """`books (train), wikitext2 (train)` of entries such as `Calibration.record()` has."""
+    """Format entries such as those of `Calibration.record()`: `books (train), wikitext2 (train)`."""
     return ", ".join(f"{source['name']} ({source['split']})" for source in sources)
 
 
 def texts_used(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Every text that a checkpoint was calibrated or trained on, as far as its folder tells: `name`, `split`, `sha256`."""
+    """List the texts that a checkpoint was calibrated or trained on, as its folder records: `name`, `split`, `sha256`."""
     return [*(read_identity(folder) or {}).get("calibration", []), *(read_training_log(folder) or {}).get("data", [])]
 
 
 def read_training_log(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The log of the recovery that made a checkpoint, None without one; [`UsageError`] where it is unreadable."""
+    """Read the log of the recovery that made a checkpoint, None without one; raises [`UsageError`] if it is unreadable."""
     path = Path(folder) / LOG_FILE
     if not path.is_file():
         return None
@@ -42,13 +42,15 @@ def read_training_log(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
 def refuse_overlap(used: Iterable[Mapping[str, Any]], measured: Iterable[Mapping[str, Any]]) -> None:
     """Raise [`UsageError`] where a text that was `used` (to calibrate or to train) is `measured` on too.
 
-    Texts are mappings with `name`, `split` and `sha256`. They are the same if their content is, or if name and split
-    are: one may be a part of the other.
+    Texts are mappings with `name`, `split` and `sha256`. They are the same if their content is, or if both are of one split
+    of a dataset, where one may be a part of the other.
     """
     seen = list(used)
     for text in measured:
         for other in seen:
-            if text["sha256"] == other["sha256"] or all(text[key] == other[key] for key in ("name", "split")):
+            # files of one name may be different texts; splits of one dataset are not
+            named = text["split"] != "file" and all(text[key] == other[key] for key in ("name", "split"))
+            if text["sha256"] == other["sha256"] or named:
                 raise UsageError(
                     f"{text['name']} ({text['split']}) is evaluated on, but {other['name']} ({other['split']}) is the "
                     f"same text and was calibrated or trained on: name another text or split for one of them"

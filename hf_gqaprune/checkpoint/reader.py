@@ -91,10 +91,15 @@ class Checkpoint:
         self._stack = ExitStack()
 
     def __enter__(self) -> Checkpoint:
-        for file in self.files:
-            self._open[file] = os.open(file, os.O_RDONLY)
-            self._stack.callback(os.close, self._open[file])
-        self._reader = self._stack.enter_context(ThreadPoolExecutor(1))
+        with ExitStack() as stack:
+            for file in self.files:
+                try:
+                    self._open[file] = os.open(file, os.O_RDONLY)
+                except OSError as error:
+                    raise WorkError(f"cannot read {file}: {error.strerror}") from error
+                stack.callback(os.close, self._open[file])
+            self._reader = stack.enter_context(ThreadPoolExecutor(1))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -20,3 +20,4 @@ from .windows import layer_batches as layer_batches
 from .windows import refit_batches as refit_batches
 from .windows import split_batches as split_batches
 from .windows import token_ids as token_ids
+from .windows import token_windows as token_windows

@@ -1,9 +1,10 @@
-"""Text in, token windows out: the same windows for the same text, tokenizer, sizes and seed."""
+"""Sample calibration windows: the same ones for the same text, tokenizer, sizes and seed."""
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from ..errors import UsageError
 from .text import Text, load_text, parse_weight
-from .windows import token_ids, token_windows
+from .windows import excerpt_size, token_ids, token_windows
 
 #: bytes that a tokenizer takes for a token and what it knows of it, and the token as a number; measured: 340
 _PER_TOKEN = 360
@@ -33,7 +34,7 @@ class Source:
     weight: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """Calibration windows.
 
@@ -53,6 +54,11 @@ class Calibration:
                 f"calibration ids must be int64 of shape (samples, seq_len >= 2), got {self.ids.dtype} "
                 f"{tuple(self.ids.shape)}"
             )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Calibration):
+            return NotImplemented
+        return torch.equal(self.ids, other.ids) and (self.sources, self.seed) == (other.sources, other.seed)
 
     @property
     def tokens(self) -> int:
@@ -112,7 +118,7 @@ def sample_windows(
     """`Calibration.from_text` of texts and weights that are loaded."""
     if samples < 1 or seq_len < 2:
         raise UsageError(f"samples={samples} and seq_len={seq_len}: at least 1 window of 2 tokens is needed")
-    pools = [token_windows(tokenizer, text, seq_len) for text, _ in texts]
+    pools = [token_windows(tokenizer, text, seq_len, samples) for text, _ in texts]
     counts = _shares(samples, [weight for _, weight in texts], [len(pool) for pool in pools], seq_len)
     rng = random.Random(seed)
     rows = [pool[_spread(len(pool), count, rng)] for pool, count in zip(pools, counts, strict=True)]
@@ -140,23 +146,30 @@ def _interleaved(counts: Sequence[int]) -> list[tuple[int, int]]:
     return order
 
 
-def sampling_bytes(tokenizer: Any, texts: Sequence[tuple[Text, float]]) -> int:
-    """Bytes of memory that `sample_windows` takes at its most: each text is tokenized as a whole."""
+def sampling_bytes(tokenizer: Any, texts: Sequence[tuple[Text, float]], samples: int, seq_len: int) -> int:
+    """Estimate the peak memory of `sample_windows` in bytes."""
     total = 0
     for text, _ in texts:
         start = text.content[:_GLANCE]
-        total += 2 * len(text.content) + _PER_TOKEN * len(token_ids(tokenizer, start)) * len(text.content) // len(start)
+        tokens = len(token_ids(tokenizer, start)) * excerpt_size(text, seq_len, samples) // len(start)
+        total += 2 * len(text.content) + _PER_TOKEN * tokens
     return total
 
 
 def load_weighted_texts(sources: Any, column: str = "text") -> list[tuple[Text, float]]:
-    """The texts, with their weights, that `Calibration.from_text` draws from."""
+    """Load the texts that `Calibration.from_text` draws from, with their weights; raises [`UsageError`] as that does."""
+    if isinstance(sources, Mapping):
+        raise UsageError(f"this is a mapping of {', '.join(map(str, sources))}, not a text: pass one of them")
     if hasattr(sources, "column_names"):
         if column not in sources.column_names:
             raise UsageError(f"the dataset has no column {column!r}; it has: {', '.join(sources.column_names)}")
-        return [(Text("dataset", "train", "\n\n".join(sources[column])), 1.0)]
-    names: Iterable[str] = [sources] if isinstance(sources, str) else sources
-    weighted = [parse_weight(name) for name in names]
+        texts = list(sources[column])
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise UsageError(f"row {number + 1} of the dataset holds {text!r:.60} in column {column!r}, which is not text")
+        return [(Text("dataset", "train", "\n\n".join(texts)), 1.0)]
+    names: Iterable[Any] = [sources] if isinstance(sources, (str, os.PathLike)) else sources
+    weighted = [parse_weight(os.fspath(name)) for name in names]
     if not weighted:
         raise UsageError("no calibration text was named: pass --calibration NAME_OR_FILE")
     return [(load_text(name, split="train"), weight) for name, weight in weighted]

@@ -167,9 +167,9 @@ def _is_saved(folder: Path) -> bool:
 
 
 def parse_weight(source: str) -> tuple[str, float]:
-    """`"books.txt=0.7"` -> `("books.txt", 0.7)`; without a weight 1.0."""
+    """Split `"books.txt=0.7"` into `("books.txt", 0.7)`; without a weight, or for a path that exists, the weight is 1.0."""
     name, sep, weight = source.rpartition("=")
-    if not sep:
+    if not sep or Path(source).exists():
         return source, 1.0
     try:
         value = float(weight)

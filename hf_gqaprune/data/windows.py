@@ -1,4 +1,4 @@
-"""TODO."""
+"""Tokenize text and cut it into windows, and windows into batches."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from .text import Text
 
 #: tokens in one forward pass; fixed, so that results never depend on how much memory there is
 TOKENS_PER_BATCH = 8192
+#: characters up to which a text is tokenized as a whole, of a longer one those of one part, and per token to be sure of enough
+_WHOLE, _PART, _CHARS_PER_TOKEN = 1 << 24, 1 << 20, 32
 #: half a gigabyte in float32
 LOGITS_PER_BATCH = 1 << 27
 
@@ -27,14 +29,29 @@ def split_batches(ids: torch.Tensor, vocabulary: int) -> Iterator[torch.Tensor]:
         yield from ids.split(max(1, tokens // ids.shape[1]))
 
 
-def token_windows(tokenizer: Any, text: Text, seq_len: int) -> torch.Tensor:
-    """All disjoint windows of a text, tokenized once without specials: int64 `(n, seq_len)`, each BOS + text tokens.
+def token_windows(tokenizer: Any, text: Text, seq_len: int, wanted: int) -> torch.Tensor:
+    """Tokenize a text without special tokens and cut it into disjoint windows: int64 `(n, seq_len)`, each BOS + text tokens.
 
-    Raises [`UsageError`] for text that is empty or shorter than one window.
+    Of a text longer than `excerpt_size`, evenly spaced parts are tokenized one by one, as long as they hold the `wanted`
+    windows. Raises [`UsageError`] for text that is empty or shorter than one window.
     """
     if not text.content.strip():
         raise UsageError(f"the text of {text.name} is empty")
+    size = excerpt_size(text, seq_len, wanted)
+    if size < len(text.content):
+        count = -(-size // _PART)
+        starts = [index * len(text.content) // count for index in range(count)]
+        # of a word that a part begins in, the rest is left out
+        parts = (token_ids(tokenizer, text.content[start : start + _PART].partition(" ")[2]) for start in starts)
+        windows = [cut_windows(tokenizer, part, seq_len, text.name) for part in parts if len(part) >= seq_len]
+        if sum(map(len, windows)) >= wanted:
+            return torch.cat(windows)
     return cut_windows(tokenizer, token_ids(tokenizer, text.content), seq_len, text.name)
+
+
+def excerpt_size(text: Text, seq_len: int, wanted: int) -> int:
+    """Return how many characters of a text are tokenized for `wanted` windows: all, unless it is very long."""
+    return min(len(text.content), max(_WHOLE, _CHARS_PER_TOKEN * seq_len * wanted))
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:

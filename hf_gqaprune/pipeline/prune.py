@@ -30,16 +30,20 @@ PLAN = "plan.json"
 _HINT = "--memory SIZE reads the model layer by layer, --device cpu uses no GPU"
 
 
-def decide(prepared: Prepared, model: PreTrainedModel) -> tuple[PruningPlan, Statistics]:
-    """Measure what has not been measured yet, and choose the plan that has not been given."""
+def decide(prepared: Prepared, model: PreTrainedModel, *, refits: bool = True) -> tuple[PruningPlan, Statistics]:
+    """Measure what has not been measured yet, and choose the plan that has not been given.
+
+    Moments are kept only if they are used afterwards: they take a multiple of the model's memory.
+    """
     request, statistics = prepared.request, prepared.statistics
+    keeps = refits or request.save_statistics is not None or prepared.selection().method in MEASURING
     if statistics is None:
         with timed("statistics"):
             statistics = collect_statistics(
                 model,
                 prepared.calibration,
                 criterion=prepared.criterion_to_measure,
-                moments=prepared.calibration is not None,
+                moments=prepared.calibration is not None and keeps,
                 seed=request.seed,
             )
         if request.save_statistics and distributed.index() == 0:
@@ -92,7 +96,7 @@ def plan_model(
         return plan
     with memory_limit(prepared.device, _HINT):
         model = _loaded(prepared) if weights else empty_model(prepared.source.config)
-        plan = decide(prepared, model)[0]
+        plan = decide(prepared, model, refits=False)[0]
     if distributed.index() == 0:
         plan.save(target)
     return plan

@@ -122,7 +122,7 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
             rule,
             refitted=refit,
             stored=layers.stored_itemsize,
-            text=sampling_bytes(source.tokenizer, texts) if draws else 0,
+            text=sampling_bytes(source.tokenizer, texts, samples, seq_len) if draws else 0,
             gpu=device.type == "cuda",
         )
         spare = check_memory_bound(work, pruning.memory)

@@ -1,4 +1,4 @@
-"""Activations go in, batch by batch, and come out again: from the disk or, on a GPU, from the memory that there is."""
+"""Store activations batch by batch on the disk or, for a GPU, in the memory that is free."""
 
 from __future__ import annotations
 
@@ -51,6 +51,11 @@ class ActivationStore:
         # of the host: bytes that are promised and not yet taken
         self._coming = 0
         self._copier = None if device == CPU else BackgroundWorker(device)
+
+    def close(self) -> None:
+        """Stop the thread that copies tensors to the host."""
+        if self._copier is not None:
+            self._copier.close()
 
     def write(self, name: str, tensors: Iterable[torch.Tensor]) -> None:
         """Write a sequence that is not there before `commit`; [`WorkError`] where it cannot be written."""

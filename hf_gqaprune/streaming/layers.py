@@ -112,7 +112,6 @@ def _check_tensors(folder: ModelFolder, checkpoint: Checkpoint, model: PreTraine
         stored = checkpoint.tensors.get(name)
         if stored is None:
             raise UsageError(f"{folder}: config.json asks for {name}, which no shard holds")
-        if stored.shape != tuple(tensor.shape):
-            raise UsageError(f"{stored.file}: {name} is {stored.shape}, config.json makes it {tuple(tensor.shape)}")
+        folder.check_shape(name, tuple(tensor.shape))
         if stored.dtype not in FLOATS:
             raise UsageError(f"{stored.file}: {name} is {stored.dtype}: give the checkpoint with the plain weights")

@@ -1,4 +1,4 @@
-"""A checkpoint on disk and a plan go in; the pruned checkpoint comes out, one decoder layer in memory at a time."""
+"""Prune a checkpoint on disk as a plan says, with one decoder layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
 
 from ..checkpoint import (
+    FLOATS,
     Checkpoint,
     ModelFolder,
     ShardWriter,
@@ -26,7 +28,7 @@ from ..checkpoint import (
 )
 from ..dependency_graph import UnitSlices, trace_units
 from ..errors import UsageError
-from ..models import PLAN_FILE, PrunedLlamaForCausalLM, expected_tensors, layer_prefix
+from ..models import PLAN_FILE, PrunedLlamaForCausalLM, check_finite, expected_tensors, layer_prefix
 from ..plan import LayerPlan, PruningPlan
 from ..statistics import Statistics
 from ..surgery import check_compensation, pruned_config
@@ -136,9 +138,9 @@ def prune_checkpoint(
         check_disk_space(working, sum(writer.files.values()) + streams, "the pruned weights")
         write_json(working / PROGRESS, noted)
         whole = assembly_folder(working)
-        with layers, writer:
+        with layers, writer, ExitStack() as stack:
             _resume(checkpoint, writer, noted)
-            refit = Refit(layers, pruned, refitted, working, spare) if refitted else None
+            refit = stack.enter_context(Refit(layers, pruned, refitted, working, spare)) if refitted else None
             steps = _steps(plan, checkpoint, writer)
             _stream(_Surgery(checkpoint, writer, plan, folder.dtype, steps, refit), working / PROGRESS, noted)
             writer.sync()
@@ -196,13 +198,21 @@ class _Surgery:
         for name in step.reads:
             if name in self.checkpoint.digests:
                 continue  # the layer was re-fitted from it
-            pieces = self.checkpoint.chunks(name)
+            pieces = _finite(name, self.checkpoint.chunks(name))
             if name in step.writes:
                 self.writer.write(name, _cut((piece.to(self.dtype) for piece in pieces), cuts.get(name)))
             else:
                 # not part of the result, but of the fingerprint of the model that it was made from
                 for _ in pieces:
                     pass
+
+
+def _finite(name: str, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield `pieces` of a tensor; raise [`WorkError`] for a weight that is not finite, as `prune` does."""
+    for piece in pieces:
+        if piece.dtype in FLOATS:
+            check_finite(name, piece)
+        yield piece
 
 
 def _cuts(prefix: str, kept: LayerPlan, units: UnitSlices) -> dict[str, tuple[int, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""Layers of a checkpoint on disk go in, one after the other; their pruned weights, re-fitted in closed form, come out."""
+"""Refit the pruned layers of a checkpoint on disk in closed form, one after the other."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def streams_disk_bytes(tokens: int, hidden: int, dtype: torch.dtype, held: int =
 
 
 class Refit:
-    """`least_squares` of `prune`, layer by layer and bit for bit; the residual streams of both models are spilled."""
+    """Compute `least_squares` of `prune` layer by layer, bit for bit, with the residual streams of both models in a store.
+
+    A context manager, which closes what was opened.
+    """
 
     def __init__(self, layers: Layers, pruned: Any, statistics: Statistics, working: Path, spare: int = 0) -> None:
         """Prepare; nothing is read.
@@ -46,6 +49,13 @@ class Refit:
         self.store = ActivationStore(working / "streams", layers.device, spare)
         self.streams: ResidualStreams | None = None
         self._moments = Prefetcher(layers.device, self._read, _tensors)
+
+    def __enter__(self) -> Refit:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._moments.close()
+        self.store.close()
 
     def begin(self, first: int) -> int:
         """Stand before the layer `first`, or before an earlier one where its streams are not there: which one it is."""

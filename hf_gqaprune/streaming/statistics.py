@@ -1,4 +1,4 @@
-"""A checkpoint on disk and calibration windows go in; a statistics folder comes out, one decoder layer in memory at a time.
+"""Collect the statistics of a checkpoint on disk, with one decoder layer in memory at a time.
 
 The windows go forward through the layers, each layer's inputs are kept on disk, and the loss gradient comes back
 through the layers in turn, each run again from its inputs: per layer the operations of the pass over the whole model.
@@ -198,12 +198,14 @@ class _Pass:
         self.writer = None if layers.device == CPU else BackgroundWorker(layers.device, _AHEAD)
 
     def run(self) -> None:
-        if self.writer is None:
+        try:
             self._run()
-            return
-        with self.writer:
-            self._run()
-            self.writer.wait()
+            if self.writer is not None:
+                self.writer.wait()
+        finally:
+            if self.writer is not None:
+                self.writer.close()
+            self.store.close()
 
     def _run(self) -> None:
         count = len(self.source.layers)

@@ -118,28 +118,35 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
 def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; it takes the name `path` when the block ends without an error.
 
-    On an error the temporary folder is removed and `path` stays as it was. Raises [`UsageError`] as `refuse_existing`.
+    On an error the temporary folder is removed and `path` stays as it was; what a killed process left is removed by the next
+    call. Raises [`UsageError`] as `refuse_existing` and `exclusive_lock`.
     """
     target = refuse_existing(path, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = _scratch(target)
-    scratch.mkdir()
-    try:
-        yield scratch
-        # another may have come by now
-        refuse_existing(target, overwrite)
-        replace_folder(scratch, target)
-    except BaseException:
+    scratch = target.with_name(f".{target.name}.partial")
+    with exclusive_lock(scratch):
         shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        scratch.mkdir()
+        try:
+            yield scratch
+            # another may have come by now
+            refuse_existing(target, overwrite)
+            replace_folder(scratch, target)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
 
 
 def replace_folder(folder: Path, target: Path) -> None:
     """Give `folder` the name `target` on the same disk; what was there goes, or comes back on an error."""
+    old = target.with_name(f".{target.name}.replaced")
+    if old.exists() and not target.exists():
+        # a process was killed between the two renames below
+        os.rename(old, target)
     if not target.exists():
         os.rename(folder, target)
         return
-    old = _scratch(target)
+    shutil.rmtree(old, ignore_errors=True)
     os.rename(target, old)
     try:
         os.rename(folder, target)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from hf_gqaprune import (
     Calibration,
     PruningPlan,
     UsageError,
+    WorkError,
     collect_statistics,
     make_plan,
     prune,
@@ -26,7 +29,8 @@ from hf_gqaprune import (
 )
 from hf_gqaprune.checkpoint import resolve_model, write_identity
 from hf_gqaprune.cli import main
-from hf_gqaprune.models import ModelShape
+from hf_gqaprune.models import ModelShape, assemble, config_of_layers
+from hf_gqaprune.utils import new_folder
 
 WEIGHTS = "model.safetensors"
 #: a SentencePiece model with the piece `<unk>` alone
@@ -148,3 +152,49 @@ def test_a_left_over_quantization_config_is_refused_in_one_line(
         assert main([*line, "--data", str(tmp_path / "text.txt"), "--seq-len", "32"]) == 2
         message = capsys.readouterr().err
         assert "is quantized" in message and message.count("\n") == 1
+
+
+def test_weights_of_other_shapes_than_the_config_are_refused(tied: Path, tmp_path: Path) -> None:
+    config = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps({**config, "intermediate_size": 16}))
+    plan = PruningPlan.keep_all(resolve_model(tied).config)
+    for call in (resolve_model(tied).check_weights, lambda: prune_checkpoint(tied, plan, tmp_path / "out")):
+        with pytest.raises(UsageError, match=r"_proj.weight is \(\d+, \d+\), config.json makes it"):
+            call()
+
+
+def test_a_weight_that_is_not_finite_is_named_also_where_nothing_is_fitted(tied: Path, tmp_path: Path) -> None:
+    weights = load_file(tied / WEIGHTS)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    restore(tied, weights)
+    plan = PruningPlan.keep_all(resolve_model(tied).config)
+    message = "mlp.up_proj.weight holds values that are not finite; repair the checkpoint first"
+    with pytest.raises(WorkError, match=message):
+        prune(resolve_model(tied).load(), plan, compensation="none")
+    with pytest.raises(WorkError, match=message):
+        prune_checkpoint(tied, plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_result_shares_nothing_with_its_input(tied: Path) -> None:
+    model = resolve_model(tied).load()
+    pruned = prune(model, PruningPlan.keep_all(model.config), compensation="none")
+    pruned.generation_config.max_new_tokens = 7
+    assert model.generation_config.max_new_tokens is None
+
+
+def test_a_missing_weight_is_not_left_without_values(tied: Path) -> None:
+    model = resolve_model(tied).load()
+    config = config_of_layers(model.config, ModelShape.from_config(model.config).layers)
+    state = {name: tensor for name, tensor in model.state_dict().items() if "norm" not in name and name != HEAD}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        assemble(model, config, state)
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_call(tmp_path: Path) -> None:
+    code = "import os, sys; from hf_gqaprune.utils import new_folder\nwith new_folder(sys.argv[1]) as f:\n os.kill(os.getpid(), 15)"
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")]).returncode == -15
+    assert any(tmp_path.iterdir())
+    with new_folder(tmp_path / "out") as scratch:
+        (scratch / "file").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -12,8 +12,8 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import hf_gqaprune as gp
-from hf_gqaprune import hub
-from hf_gqaprune.checkpoint import identity
+from hf_gqaprune import UsageError, hub
+from hf_gqaprune.checkpoint import identity, refuse_overlap
 from hf_gqaprune.cli import main
 from hf_gqaprune.data.text import load_text
 from hf_gqaprune.evaluation import perplexity as evaluation
@@ -262,3 +262,10 @@ def test_a_run_out_of_memory_names_what_a_recipe_can_change(
     assert main(["run", "recipe.yaml", "--resume"]) == 0
     assert stages_of(capsys.readouterr().out) == {"pruned": "kept", "report.json": "working"}
     assert evaluation.evaluate_perplexity is measuring.evaluate_perplexity
+
+
+def test_two_files_of_one_name_are_two_texts() -> None:
+    texts = [{"name": "notes", "split": "file", "sha256": sha} for sha in "ab"]
+    refuse_overlap(texts[:1], texts[1:])
+    with pytest.raises(UsageError, match="is the same text"):
+        refuse_overlap(texts, texts[1:])

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_gqaprune import Calibration
+from hf_gqaprune.data import windows as windows_module
 from hf_gqaprune.data.calibration import _interleaved, _shares, _spread
 from hf_gqaprune.data.text import parse_weight
 from hf_gqaprune.data.windows import LOGITS_PER_BATCH, TOKENS_PER_BATCH, split_batches
@@ -195,3 +196,52 @@ def test_bad_text_is_refused(tokenizer: Any, tmp_path: Path) -> None:
 def test_ids_of_another_shape_or_type_are_refused(ids: torch.Tensor) -> None:
     with pytest.raises(UsageError, match="calibration ids must be int64 of shape"):
         Calibration.from_ids(ids)
+
+
+def test_paths_are_texts_also_with_an_equals_sign(tokenizer: Any, tmp_path: Path) -> None:
+    source = Path(numbered(tmp_path, "rate=0.5", 100, "a"))
+    of_path, of_name = (Calibration.from_text(tokenizer, s, samples=4, seq_len=9) for s in (source, [str(source)]))
+    assert of_path == of_name and of_path.sources[0].weight == 1.0
+    weighted = Calibration.from_text(tokenizer, f"{source}=0.25", samples=4, seq_len=9)
+    assert weighted.sources[0].weight == 0.25
+
+
+def test_calibrations_compare(tokenizer: Any, tmp_path: Path) -> None:
+    source = numbered(tmp_path, "books.txt", 100, "a")
+    first, same, other = (Calibration.from_text(tokenizer, source, samples=4, seq_len=9, seed=s) for s in (0, 0, 1))
+    assert first == same and first != other and first != 4
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (Dataset.from_dict({"text": ["some text", None]}), "row 2 of the dataset holds None in column 'text'"),
+        (DatasetDict(train=Dataset.from_dict({"text": ["a"]})), "this is a mapping of train, not a text: pass one of them"),
+    ],
+)
+def test_datasets_without_text_are_refused(tokenizer: Any, data: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Calibration.from_text(tokenizer, data, samples=1, seq_len=9)
+
+
+def test_of_a_very_long_text_only_parts_are_tokenized(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "long.txt"
+    source.write_text(" ".join(f"a{index:04d}" for index in range(5_000)), encoding="utf-8")
+    whole = Calibration.from_text(tokenizer, source, samples=4, seq_len=9)
+    monkeypatch.setattr(windows_module, "_WHOLE", 2_000)
+    monkeypatch.setattr(windows_module, "_PART", 500)
+    seen: list[str] = []
+    real = windows_module.token_ids
+    monkeypatch.setattr(windows_module, "token_ids", lambda t, text: seen.append(text) or real(t, text))
+    parts = Calibration.from_text(tokenizer, source, samples=4, seq_len=9)
+    assert parts.ids.shape == whole.ids.shape and parts.sources == whole.sources
+    assert sum(map(len, seen)) <= 2_500 < len(source.read_text())
+    text = source.read_text(encoding="utf-8")
+    starts = [text.index(tokenizer.decode(row[1:])) for row in parts.ids]
+    # from all over the text
+    assert starts == sorted(starts) and starts[-1] > len(text) // 2
+    # too few windows in the parts: all of it
+    every = len(real(tokenizer, text)) // 8
+    assert Calibration.from_text(tokenizer, source, samples=every, seq_len=9).ids.shape == (every, 9)

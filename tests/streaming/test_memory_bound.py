@@ -38,7 +38,7 @@ def test_steps_take_no_more_than_is_said(tokenizer: Any, tmp_path: Path) -> None
     said = {
         "norms": measuring("magnitude", LAYER, HIDDEN),
         "removal": measuring("curvature", LayerShape(GROUPS, GROUPS, 8, WIDE // GROUPS), WIDE, windows=1),
-        "tokenizing": sampling_bytes(tokenizer, [(Text("text", "file", TEXT), 1.0)]),
+        "tokenizing": sampling_bytes(tokenizer, [(Text("text", "file", TEXT), 1.0)], 8, 32),
     }
     assert taken.keys() == said.keys()
     for name, size in said.items():

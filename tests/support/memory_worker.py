@@ -49,9 +49,9 @@ def main() -> None:
     # what libraries allocate once
     CRITERIA["magnitude"].curve(small)
     remove(64, torch.arange(64).view(4, -1))
-    token_windows(tokenizer, Text("text", "file", TEXT[:1000]), 32)
+    token_windows(tokenizer, Text("text", "file", TEXT[:1000]), 32, 1)
     found = {
-        "tokenizing": peak_of(lambda: token_windows(tokenizer, Text("text", "file", TEXT), 32)),
+        "tokenizing": peak_of(lambda: token_windows(tokenizer, Text("text", "file", TEXT), 32, 1)),
         "norms": peak_of(lambda: CRITERIA["magnitude"].curve(block)),
         "removal": peak_of(lambda: remove(WIDE, columns)),
     }
