@@ -121,7 +121,7 @@ def _split(shape: ModelShape, tensor_parallel: int, verdict: Verdict, shared_kv:
         return verdict
     fitting = ", ".join(map(str, tensor_parallel_sizes(shape, shared_kv=shared_kv)))
     reason = f"{tensor_parallel} GPUs do not divide the query heads, KV heads or FFN of {_named(layers)}"
-    return Verdict(verdict.engine, NO, reason, f"use {fitting} GPUs, or keep multiples of {tensor_parallel} in every layer")
+    return Verdict(verdict.engine, NO, reason, f"{fitting} would, or keep multiples of {tensor_parallel} in every layer")
 
 
 def _undivided(shape: ModelShape, size: int, shared_kv: bool) -> list[int]:

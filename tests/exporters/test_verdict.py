@@ -67,7 +67,7 @@ def test_a_number_of_gpus_that_does_not_divide_is_a_no_with_the_numbers_that_do(
     assert found["vLLM"].answer == NO
     assert str(found["vLLM"]) == (
         "vLLM: no, 4 GPUs do not divide the query heads, KV heads or FFN of layer 1; "
-        "use 1, 2 GPUs, or keep multiples of 4 in every layer"
+        "1, 2 would, or keep multiples of 4 in every layer"
     )
     # one process computes it whole
     assert found["llama.cpp"].answer == YES
