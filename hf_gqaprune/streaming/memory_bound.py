@@ -106,6 +106,9 @@ class Workload:
             sums += 2 * 4 * d**2
         wide = max(attention, ffn)
         passing = self._activations(layer) + 2 * 4 * self.batch * wide
+        if rule.output_gradients:
+            # what goes into both projections waits for its gradient, and is weighted by it in float32
+            passing += self.batch * ((attention + ffn) * self.itemsize + 4 * wide)
         scoring = 2 * 2 * wide**2 + 4 * self._largest(layer)  # the triangle, and the file that is made of it
         if rule.output_gradients:
             strip = 8 * wide * min(wide, 2048)
