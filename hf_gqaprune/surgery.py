@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,16 +55,16 @@ def prune(
             `least_squares` makes only the first refit, on the moments alone, with a warning.
         compensation: `least_squares` re-fits `o_proj` and `down_proj` of every changed block on the dense moments, then
             every linear from there on, layer by layer, on the inputs that the pruned prefix gives it (see
-            `reconstruction`); `natural_gradient` then takes a few second-order steps towards the dense model's
-            predictions (see `correction`); `bias` adds the mean of what went to the biases of `o_proj` and `down_proj`
-            (see `prune_layer`), for a plan whose model has biases; `none` only slices.
+            `compensation.least_squares`); `natural_gradient` then moves every linear of the layers towards the dense
+            model's predictions (see `compensation.natural_gradient`); `bias` adds the mean of what was removed to the biases
+            of `o_proj` and `down_proj` (see `prune_layer`), for a plan whose model has biases; `none` only slices.
         inplace: take what stays whole from `model` instead of copying it, and free the rest; `model` is unusable
             afterwards. Otherwise `model` stays untouched and shares no memory with the result.
 
     Returns:
         The pruned model in eval mode, on the device of `model`, or over those that a `device_map` put it on, with
         `prune_plan` set (composed with the plan that `model` itself was pruned by, if any) and `compensation_record`: the
-        ridges that were chosen.
+        ridges of the refit, and the passes of natural-gradient steps.
 
     Raises:
         UsageError: a plan for a model of other sizes; statistics that are missing, without moments or of another model.
@@ -101,7 +102,8 @@ def prune(
         with eval_without_grad(model):
             pruned.compensation_record = {"ridges": refit_on_pruned_prefix(model, pruned, walked)}
             if compensation == "natural_gradient":
-                natural_gradient_steps(model, pruned, walked)
+                passes = natural_gradient_steps(model, pruned, walked)
+                pruned.compensation_record["passes"] = [asdict(each) for each in passes]
     if inplace:
         model.to("meta")
     return pruned

@@ -1,254 +1,340 @@
-"""Move a pruned model a few natural-gradient steps towards the predictions of the dense model."""
+"""Move a pruned model towards the dense model's predictions by natural-gradient steps.
+
+The layer-wise refit matches activations; these steps match what the activations are for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..data import Calibration, split_batches
+from ..data import LOGITS_PER_BATCH, Calibration
 from ..errors import WorkError
-from ..linalg import add_gram_, exact_products, ridge_term
-from ..models import BLOCK_MODULES, OUTPUT_PROJECTION, eval_without_grad
+from ..linalg import fill_, invert_, ridge_term
+from ..models import eval_without_grad, kl_divergence
 from ..statistics import RIDGE
-from ..utils import CPU, distributed, track
+from ..utils import CPU, Progress, distributed
 
-#: maximum number of steps; each costs about as much as the calibration pass
-_STEPS = 5
-#: first step length tried; doubled as long as the held-out divergence decreases
-_FIRST_STEP = 0.005
-_TRIES = 8
+logger = logging.getLogger(__name__)
+
+#: maximum number of passes over the fitted windows; each costs about as much as the calibration pass
+_PASSES = 6
+#: tokens per step, and minimum number of steps per pass
+_TOKENS, _STEPS = 4096, 16
+#: batches that the curvature and the first step length are measured on
+_MEASURED = 32
+#: fraction of the best length for the mean gradient: gradients of single batches are noisier
+_CAUTION = 0.5
+#: the last pass is the one that lowers the held-out divergence by less than this fraction
+_GAIN = 1e-3
+#: a pass that does not lower it is undone and repeated with this fraction of the length, at most so many times
+_SHORTER, _RETRIES = 0.25, 3
+#: decay of the running mean of the gradients
+_MOMENTUM = 0.9
+#: divergence, in nats per token, of the probe that a quadratic form is read from, and the probes tried to reach it
+_NEAR, _TRIES = 1e-3, 8
+_TINY = torch.finfo(torch.float32).tiny
+_NOTHING = "no step towards the dense model's predictions helped: the model stays as it was refitted"
 
 
-def natural_gradient_steps(model: Any, pruned: Any, calibration: Calibration) -> list[float]:
-    """Move every `o_proj` and `down_proj` of `pruned`, in place, a few steps down KL(dense || pruned).
+@dataclass(frozen=True)
+class Pass:
+    """One pass over the fitted windows.
 
-    A step is W <- W - s (G + rI)^-1 D (H + rI)^-1 with D the mean gradient of the divergence, H the second moment of
-    the projection's inputs, G that of the gradient at its outputs when the next token is drawn from the dense model
-    (the Kronecker-factored Fisher of Martens & Grosse 2015, arXiv:1503.05671, eq. 1 and 27), and r the ridge of the
-    optimal-brain-surgeon solve. H and G are measured once, D anew at every step. s is found by doubling (halving where
-    the previous step length is too long) on held-out windows; a step that does not lower their divergence is undone.
+    Attributes:
+        length: of its longest step; lengths fall to zero over all passes.
+        before, after: KL(dense || pruned) on the held-out windows, in nats per token.
+        kept: whether its steps were kept or undone.
+    """
+
+    length: float
+    before: float
+    after: float
+    kept: bool
+
+
+def natural_gradient_steps(model: Any, pruned: Any, calibration: Calibration) -> list[Pass]:
+    """Move every linear of the decoder layers of `pruned`, in place, down KL(dense || pruned).
+
+    A step is W <- W - s G^-1 M A^-1 with M the running mean of the gradient of the divergence on a few windows, and A and G
+    the Kronecker factors of the Fisher, F = E[vec(g) vec(g)^T] ~ A (x) G (Martens & Grosse 2015, arXiv:1503.05671), with g
+    the gradient of a batch's log-likelihood, next tokens drawn from the dense model: G = E[g g^T] and A = E[g^T g] / tr G,
+    the first step of the power iteration towards the nearest Kronecker product (Van Loan & Pitsianis 1993). Computed from
+    gradients of whole weights, not of single tokens, they include the correlation between the positions of a window.
+
+    The first s minimises the quadratic model along the first direction P, <D, P> / <P, F P> (section 6.4 there). D is the
+    gradient on held-out windows, which noise in P cannot lower, and P^T F P = 2 KL(p_W || p_{W - e P}) / e^2 for a small e.
+    s falls to zero over all passes.
 
     Args:
         model: the dense causal LM; unchanged.
-        pruned: the pruned causal LM; its weights change, its dtype and device do not.
-        calibration: directions are computed on `fitted`, step lengths on `held_out`. Without held-out windows (fewer
-            than 8 windows in all) no step is taken.
+        pruned: the pruned causal LM, changed in place on its device; half-precision weights are float32 during the steps.
+        calibration: gradients come from `fitted`, and a pass is kept if it lowers the divergence on `held_out`. Without
+            held-out windows (fewer than 8 in all) no step is taken, with a warning.
 
     Returns:
-        The lengths of the steps taken.
+        The result of each pass, undone ones included.
 
     Raises:
-        WorkError: a divergence that is not finite.
+        WorkError: a divergence that is not finite before the first step.
     """
     if not len(calibration.held_out):
+        logger.warning(
+            "no step towards the dense model's predictions was taken: %d windows leave none to measure it on, give 8 or more",
+            len(calibration.ids),
+        )
         return []
     held_out = Predictions.of(model, calibration.held_out)
     best = _divergence(held_out, pruned)
-    hooks = output_hooks(pruned)
-    if not best or not hooks:
-        return []  # equal predictions, or no output projection
-    fitted = Predictions.of(model, calibration.fitted)
-    lengths: list[float] = []
-    for _ in range(_STEPS):
-        _measure(fitted, pruned, calibration.seed, hooks)
-        step = _Step(hooks)
-
-        def divergence(length: float, step: _Step = step) -> float:
-            step.take(length)
-            return _divergence(held_out, pruned)
-
-        best, length = _line_search(divergence, best, lengths[-1] if lengths else _FIRST_STEP)
-        step.take(length)
-        if not length:
-            break
-        lengths.append(length)
-    return lengths
-
-
-def _line_search(divergence: Callable[[float], float], best: float, first: float) -> tuple[float, float]:
-    """Return the lowest divergence and its step length, doubling from `first` or halving if `first` is too long."""
-    length, tried, factor = 0.0, first, 2.0
-    for trial in range(_TRIES):
-        found = divergence(tried)
-        if found < best:
-            best, length = found, tried
-        elif trial == 0:
-            factor = 0.5
-        else:
-            break
-        if length and factor < 1:
-            break
-        tried *= factor
-        if tried < _FIRST_STEP:
-            break
-    return best, length
+    if best != best:
+        raise WorkError("the divergence of the pruned model from the dense one is not a number: activations overflow")
+    if not best:
+        return []  # both models predict the same
+    fitted = Predictions.of(model, calibration.fitted, _STEPS)
+    with eval_without_grad(pruned), _in_float32(pruned):
+        return _Descent(pruned, fitted, held_out, calibration.seed).run()
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions of the dense model for the windows of this process; may be iterated over repeatedly.
+    """The dense model's predictions on batches of windows.
 
-    The last hidden states are kept, `tokens x hidden_size` values on the CPU; each iteration applies the head again.
+    Its last hidden states are kept on the CPU, `tokens x hidden_size` values, and its head is applied at each use.
 
     Attributes:
-        batches: int64 `(windows, seq_len)` each.
+        batches: int64 `(windows, seq_len)` each, this process's share of a batch, possibly empty.
         hidden: `(windows, seq_len, hidden_size)` each.
+        sizes: tokens of each batch, over all processes.
         head: maps hidden states to logits.
-        tokens: number of tokens over all processes.
     """
 
     batches: list[torch.Tensor]
     hidden: list[torch.Tensor]
+    sizes: list[int]
     head: nn.Linear
-    tokens: int
 
     @staticmethod
     @torch.no_grad()
-    def of(model: Any, windows: torch.Tensor) -> Predictions:
-        """Run the dense model once on `windows`, int64 `(samples, seq_len)`."""
-        batches = list(split_batches(distributed.shard(windows), model.config.vocab_size))
+    def of(model: Any, windows: torch.Tensor, count: int = 1) -> Predictions:
+        """Run the dense model once over `windows`, int64 `(samples, seq_len)`, in at least `count` batches."""
+        tokens = min(_TOKENS, LOGITS_PER_BATCH // model.config.vocab_size, windows.numel() // count)
+        whole = windows.split(max(1, tokens // windows.shape[1]))
+        batches = [distributed.shard(ids) for ids in whole]
         device = model.get_input_embeddings().weight.device
         decoder = model.get_decoder()
-        hidden = [decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state.cpu() for ids in batches]
-        return Predictions(batches, hidden, model.get_output_embeddings(), windows.numel())
+        hidden = [
+            decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state.cpu() if len(ids) else torch.empty(0)
+            for ids in batches
+        ]
+        return Predictions(batches, hidden, [ids.numel() for ids in whole], model.get_output_embeddings())
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the ids and float32 log-probabilities `(windows, seq_len, vocabulary)` of a batch."""
+        device = self.head.weight.device
+        if not len(self.batches[index]):
+            return self.batches[index], torch.empty(0)
+        with torch.no_grad():
+            log_probs = self.head(self.hidden[index].to(device)).float().log_softmax(-1)
+        return self.batches[index].to(device), log_probs
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield token ids and float32 log probabilities `(windows, seq_len, vocabulary)` of each batch."""
-        device = self.head.weight.device
-        for ids, hidden in zip(self.batches, self.hidden, strict=True):
-            with torch.no_grad():
-                log_probs = self.head(hidden.to(device)).float().log_softmax(-1)
-            yield ids.to(device), log_probs
+        """Yield all batches in which this process has a window."""
+        return (self[index] for index, ids in enumerate(self.batches) if len(ids))
 
 
-class _Step:
-    """Weights before a step, and the direction of the step."""
-
-    def __init__(self, hooks: list[_OutputHooks]) -> None:
-        self.moves = [(hook.linear.weight, hook.linear.weight.detach().clone(), hook.direction()) for hook in hooks]
-
-    def take(self, length: float) -> None:
-        for weight, start, direction in self.moves:
-            weight.data.copy_(start.double() - length * direction.to(start.device) if length else start)
-
-
-class _OutputHooks:
-    """Sum x x^T, sampled g g^T and divergence gradients g x^T at one output projection.
-
-    Attributes:
-        curved: whether the first pass has measured the second moments.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        self.linear = linear
-        device = linear.weight.device
-        self.inputs = torch.zeros(linear.in_features, linear.in_features, device=device)
-        self.outputs = torch.zeros(linear.out_features, linear.out_features, device=device)
-        self.slope = torch.zeros(linear.out_features, linear.in_features, device=device)
-        self.tokens = 0
-        self.drawn = self.curved = False
-        self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._x = torch.empty(0)
-
-    def begin(self) -> None:
-        """Reset the gradient before a pass."""
-        self.slope.zero_()
-        self.tokens = 0
-
-    def attach(self, stack: ExitStack) -> None:
-        stack.callback(self.linear.register_forward_hook(self._forward).remove)
-
-    def direction(self) -> torch.Tensor:
-        """Return (G + rI)^-1 D (H + rI)^-1, float64 `(out_features, in_features)` on the CPU."""
-        outputs, inputs = self._factors or (_factor(self.outputs, self.tokens), _factor(self.inputs, self.tokens))
-        # on a GPU factoring again is cheaper than storing the factors of all layers in host memory
-        if self.slope.device == CPU and not self.curved:
-            self._factors = outputs, inputs
-            self.outputs = self.inputs = torch.empty(0)
-        self.curved = True
-        left = torch.cholesky_solve(self.slope.double() / self.tokens, outputs)
-        return torch.cholesky_solve(left.T, inputs).T.cpu()
-
-    def add_up(self) -> None:
-        """Sum the results of the last pass over processes."""
-        distributed.all_reduce_((self.slope,) if self.curved else (self.slope, self.inputs, self.outputs))
-        self.tokens = int(distributed.all_reduce_scalar(self.tokens, self.slope))
-
-    def _forward(self, _module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        self._x = args[0].detach().flatten(0, -2)  # (tokens, n)
-        if not self.curved:
-            add_gram_(self.inputs, self._x)
-        self.tokens += len(self._x)
-        output.register_hook(self._backward)
-
-    def _backward(self, gradient: torch.Tensor) -> None:
-        g = gradient.flatten(0, -2)  # (tokens, d)
-        if self.drawn:
-            add_gram_(self.outputs, g)
-        else:
-            with exact_products(g.dtype, self._x.dtype):
-                self.slope.addmm_(g.float().T, self._x.float())
+@contextmanager
+def _in_float32(pruned: Any) -> Iterator[None]:
+    """Hold half-precision weights in float32, since a step is smaller than their last digit."""
+    dtypes = {weight: weight.dtype for weight in pruned.parameters()}
+    for weight in dtypes:
+        weight.data = weight.data.float()
+    try:
+        yield
+    finally:
+        for weight, dtype in dtypes.items():
+            weight.data = weight.data.to(dtype)
 
 
-def output_hooks(pruned: Any) -> list[_OutputHooks]:
-    """Create the hooks of every output projection, in layer order."""
-    return [
-        _OutputHooks(layer.get_submodule(name))
-        for layer in pruned.get_decoder().layers
-        for kind, name in OUTPUT_PROJECTION.items()
-        if getattr(layer, BLOCK_MODULES[kind][0]) is not None
-    ]
+class _Curvature:
+    """The Kronecker factors of one weight `(d, n)`: summed over batches, then inverted in place."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        rows, columns = weight.shape
+        self.outputs = torch.zeros(rows, rows, device=weight.device)
+        self.inputs = torch.zeros(columns, columns, device=weight.device)
+
+    def add(self, gradient: torch.Tensor) -> None:
+        self.outputs.addmm_(gradient, gradient.T)
+        self.inputs.addmm_(gradient.T, gradient)
+
+    def invert(self, tokens: int) -> None:
+        """Replace the sums by (G + rI)^-1 and (A + rI)^-1, with r relative to each mean diagonal."""
+        self.inputs = _inverse(self.inputs / self.outputs.trace().clamp(min=_TINY))
+        self.outputs = _inverse(self.outputs / tokens)
+
+    def direction(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return G^-1 D A^-1 for the gradient D."""
+        return self.outputs @ gradient @ self.inputs
 
 
-def _measure(fitted: Predictions, pruned: Any, seed: int, hooks: list[_OutputHooks]) -> None:
-    """Run the pruned model over the fitted windows, with one backward pass per batch (two in the first call)."""
-    device = fitted.head.weight.device
-    generator = torch.Generator(device).manual_seed(seed + distributed.index())
-    with ExitStack() as stack:
-        stack.enter_context(eval_without_grad(pruned))
-        for hook in hooks:
-            hook.begin()
-            hook.attach(stack)
-        bar = track(fitted, "natural gradient", "batch", len(fitted.batches))
-        for ids, log_probs in bar:
-            wanted = log_probs.exp()
-            embeds = pruned.get_input_embeddings()(ids).detach().requires_grad_(True)
-            given = pruned(inputs_embeds=embeds, use_cache=False).logits.to(device).float().log_softmax(-1)
-            for hook in hooks:
-                hook.drawn = False
-            # the entropy of the dense model has no gradient
-            torch.autograd.backward(-(wanted * given).sum(), retain_graph=not hooks[0].curved)
-            if hooks[0].curved:
-                continue
-            drawn = torch.multinomial(wanted.flatten(0, 1), 1, generator=generator)
-            for hook in hooks:
-                hook.drawn = True
-            torch.autograd.backward(-given.flatten(0, 1).gather(1, drawn).sum())
-    for hook in hooks:
-        hook.add_up()
+def _inverse(matrix: torch.Tensor) -> torch.Tensor:
+    """Invert a symmetric matrix plus its ridge in float64; the result is float32."""
+    wide = matrix.double()
+    wide.diagonal().add_(ridge_term(wide, RIDGE))
+    return fill_(invert_(wide)).float()
+
+
+class _Descent:
+    """Stochastic natural-gradient descent from the current weights."""
+
+    def __init__(self, pruned: Any, fitted: Predictions, held_out: Predictions, seed: int) -> None:
+        self.pruned, self.fitted, self.held_out, self.seed = pruned, fitted, held_out, seed
+        layers = pruned.get_decoder().layers
+        self.weights = [module.weight for module in layers.modules() if isinstance(module, nn.Linear)]
+        self.device = self.weights[0].device
+        self.generator = torch.Generator().manual_seed(seed)
+        self.momenta = [torch.zeros_like(weight) for weight in self.weights]
+        self.curvatures = [_Curvature(weight) for weight in self.weights]
+
+    def run(self) -> list[Pass]:
+        """Run passes until one helps too little, too many fail, or all are done."""
+        passes: list[Pass] = []
+        best = _divergence(self.held_out, self.pruned)
+        length, failures = _CAUTION * self._best_length(self._measure()), 0
+        if length <= 0:
+            logger.warning(_NOTHING)
+            return passes
+        logger.info("divergence %.5f nats per token on held-out windows, first length %.3g", best, length)
+        with Progress("natural gradient", "step", _PASSES * len(self.fitted)) as progress:
+            for number in range(_PASSES):
+                start = [weight.detach().to(CPU, copy=True) for weight in self.weights]
+                self._pass(number, length, progress)
+                after = _divergence(self.held_out, self.pruned)
+                helped = after < best
+                passes.append(Pass(length, best, after, helped))
+                outcome = "kept" if helped else "undone"
+                logger.info("pass %d, length %.3g: divergence %.5f -> %.5f, %s", number + 1, length, best, after, outcome)
+                enough = helped and best - after < _GAIN * best
+                if helped:
+                    best = after
+                else:
+                    for weight, before, momentum in zip(self.weights, start, self.momenta, strict=True):
+                        weight.data.copy_(before)
+                        momentum.zero_()
+                    length, failures = length * _SHORTER, failures + 1
+                if enough or failures > _RETRIES:
+                    break
+        if not any(each.kept for each in passes):
+            logger.warning(_NOTHING)
+        return passes
+
+    def _pass(self, number: int, length: float, progress: Progress) -> None:
+        """Take one step on every batch of fitted windows, in random order."""
+        total = _PASSES * len(self.fitted)
+        for step, index in enumerate(torch.randperm(len(self.fitted), generator=self.generator).tolist()):
+            self._step(index, length * (1 - (number * len(self.fitted) + step) / total))
+            progress.update()
+
+    def _step(self, index: int, length: float) -> None:
+        gradients = self._gradients(self.fitted, [index])
+        for weight, momentum, curvature, gradient in zip(
+            self.weights, self.momenta, self.curvatures, gradients, strict=True
+        ):
+            momentum.lerp_(gradient, 1 - _MOMENTUM)
+            weight.data.sub_(curvature.direction(momentum), alpha=length)
+
+    def _measure(self) -> list[torch.Tensor]:
+        """Measure the curvature on some of the fitted windows and return the natural gradient on them."""
+        some = torch.randperm(len(self.fitted), generator=self.generator)[:_MEASURED].tolist()
+        for index in some:
+            drawn = self._backward(self.fitted, index, drawn=True)
+            for curvature, gradient in zip(self.curvatures, drawn, strict=True):
+                curvature.add(gradient)
+        for curvature in self.curvatures:
+            curvature.invert(sum(self.fitted.sizes[index] for index in some))
+        gradients = self._gradients(self.fitted, some)
+        return [curvature.direction(g) for curvature, g in zip(self.curvatures, gradients, strict=True)]
+
+    def _best_length(self, directions: list[torch.Tensor]) -> float:
+        """Return the minimum of the quadratic model of the held-out divergence; 0 if no length lowers it."""
+        slopes = self._gradients(self.held_out, range(len(self.held_out)))
+        descent = sum(float((d * p).sum(dtype=torch.float64)) for d, p in zip(slopes, directions, strict=True))
+        return descent / self._quadratic_form(directions) if descent > 0 else 0.0
+
+    def _gradients(self, predictions: Predictions, batches: Iterable[int]) -> list[torch.Tensor]:
+        """Return the gradients of the divergence, in nats per token, on some batches."""
+        batches = list(batches)
+        tokens = sum(predictions.sizes[index] for index in batches)
+        totals = [torch.zeros_like(weight) for weight in self.weights]
+        for index in batches:
+            for total, gradient in zip(totals, self._backward(predictions, index), strict=True):
+                total.add_(gradient, alpha=1 / tokens)
+        return totals
+
+    def _backward(self, predictions: Predictions, index: int, *, drawn: bool = False) -> list[torch.Tensor]:
+        """Return the gradients of the divergence, or with `drawn` of the loss on drawn next tokens, summed over a batch."""
+        for weight in self.weights:
+            weight.requires_grad_(True)
+        ids, reference = predictions[index]
+        if len(ids):
+            log_probs = _log_probs(self.pruned, ids, fast=True)
+            if drawn:
+                seed = self.seed + index * distributed.count() + distributed.index()
+                generator = torch.Generator(reference.device).manual_seed(seed)
+                following = torch.multinomial(reference.exp().flatten(0, 1), 1, generator=generator)
+                loss = -log_probs.flatten(0, 1).gather(1, following).sum()
+            else:
+                # the entropy of the dense model has no gradient
+                loss = -(reference.exp() * log_probs).sum()
+            loss.backward()
+        gradients = []
+        for weight in self.weights:
+            gradients.append(torch.zeros_like(weight) if weight.grad is None else weight.grad)
+            weight.grad = None
+            weight.requires_grad_(False)
+        distributed.all_reduce_(gradients)
+        return gradients
+
+    @torch.no_grad()
+    def _quadratic_form(self, directions: list[torch.Tensor]) -> float:
+        """Compute P^T F P per token, with F the Fisher of the pruned model on the first held-out batch."""
+        ids = next(ids for ids in self.held_out.batches if len(ids)).to(self.device)
+        start = [weight.detach().clone() for weight in self.weights]
+        here = _log_probs(self.pruned, ids)
+        near = 1e-5
+        for _ in range(_TRIES):
+            for weight, before, direction in zip(self.weights, start, directions, strict=True):
+                weight.data.copy_(before - near * direction)
+            moved = float(kl_divergence(here, _log_probs(self.pruned, ids)).sum(dtype=torch.float64)) / ids.numel()
+            if _NEAR / 4 < moved < _NEAR * 4:
+                break
+            # the divergence grows with the square of the distance
+            near *= min(100.0, max(0.01, (_NEAR / max(moved, 1e-12)) ** 0.5)) if moved == moved else 0.01
+        for weight, before in zip(self.weights, start, strict=True):
+            weight.data.copy_(before)
+        return 2 * moved / near**2
+
+
+def _log_probs(pruned: Any, ids: torch.Tensor, *, fast: bool = False) -> torch.Tensor:
+    """Return float32 log-probabilities `(windows, seq_len, vocabulary)`; `fast` multiplies in bfloat16 on a GPU."""
+    with torch.autocast("cuda", torch.bfloat16, enabled=fast and ids.is_cuda):
+        logits = pruned(input_ids=ids, use_cache=False).logits
+    return logits.to(ids.device).float().log_softmax(-1)
 
 
 @torch.no_grad()
 def _divergence(held_out: Predictions, pruned: Any) -> float:
     """Return KL(dense || pruned) in nats per token over the windows of all processes."""
     total = 0.0
-    for ids, wanted in held_out:
-        given = pruned(input_ids=ids, use_cache=False).logits.to(wanted.device).float().log_softmax(-1)
-        total += float((wanted.exp() * (wanted - given)).sum(dtype=torch.float64))
-    total = distributed.all_reduce_scalar(total, pruned.get_input_embeddings().weight)
-    if total != total:
-        raise WorkError("the divergence of the pruned from the dense model is nan: load the model in float32 or bfloat16")
-    return total / held_out.tokens
-
-
-def _factor(total: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Return the Cholesky factor of the mean plus its ridge, float64; only the lower triangle of `total` is read."""
-    mean = total.double() / tokens
-    mean.diagonal().add_(ridge_term(mean, RIDGE))
-    factor: torch.Tensor = torch.linalg.cholesky(mean)
-    return factor
+    for ids, reference in held_out:
+        total += float(kl_divergence(reference, _log_probs(pruned, ids)).sum(dtype=torch.float64))
+    return distributed.all_reduce_scalar(total, pruned.get_input_embeddings().weight) / sum(held_out.sizes)

@@ -56,7 +56,8 @@ def main() -> None:
         dist.broadcast(first, 0)
         assert torch.equal(first, parameter), name
     after = _divergence(Predictions.of(model, calibration.held_out), pruned)
-    assert after < before
+    # of random tokens nothing may be learnt, and then nothing is done
+    assert after <= before * (1 + 1e-6) and pruned.compensation_record["passes"]
     # one window: a process without any still takes part
     few = Calibration.from_ids(token_ids(1, 12))
     assert collect_statistics(model, few).blocks[0, "mlp"].moments.tokens == 12
