@@ -25,10 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_gqaprune as gp
 from hf_gqaprune.compensation.natural_gradient import natural_gradient_steps
-from hf_gqaprune.evaluation import evaluate_perplexity
-from hf_gqaprune.measurement import frozen
-from hf_gqaprune.report import versions
-from hf_gqaprune.text import load_text
+from hf_gqaprune.data import load_text
+from hf_gqaprune.evaluation import evaluate_perplexity, versions
+from hf_gqaprune.models import eval_without_grad
 
 Cell = dict[str, Any]
 
@@ -125,7 +124,7 @@ def ratio_cells(bench: Bench, statistics: gp.Statistics, ratio: float) -> None:
             pruned.append(gp.prune(bench.model, plan, statistics, compensation="least_squares"))
         model = copy.deepcopy(pruned[0])
         start = bench.now()
-        with frozen(bench.model):
+        with eval_without_grad(bench.model):
             passes = natural_gradient_steps(bench.model, model, bench.calibration)
         seconds = {"steps": bench.now() - start}
         return {"ratio": ratio, "seconds": seconds, "passes": [asdict(step) for step in passes], **bench.judged(model)}

@@ -36,7 +36,7 @@ def main() -> None:
     alone = {criterion: collect_statistics(model, calibration, criterion=criterion) for criterion in CRITERIA}
     plan = make_plan(alone["curvature"], backbone_ratio=0.4)
     searched = make_plan(alone["curvature"], model=model, backbone_ratio=0.4, allocation="search")
-    plain = prune(model, plan, Statistics(plan.source, "curvature", alone["curvature"].blocks))
+    plain = prune(model, plan, Statistics(plan.source, "curvature", alone["curvature"].blocks), compensation="least_squares")
     refitted = copy.deepcopy(plain)
     refit_on_pruned_prefix(model, refitted, calibration)
     before = _divergence(Predictions.of(model, calibration.held_out), refitted)
@@ -57,7 +57,7 @@ def main() -> None:
         assert torch.equal(first, parameter), name
     after = _divergence(Predictions.of(model, calibration.held_out), pruned)
     # of random tokens nothing may be learnt, and then nothing is done
-    assert after <= before * (1 + 1e-6) and pruned.compensation_record["passes"]
+    assert after <= before * (1 + 1e-6) and "passes" in pruned.compensation_record
     # one window: a process without any still takes part
     few = Calibration.from_ids(token_ids(1, 12))
     assert collect_statistics(model, few).blocks[0, "mlp"].moments.tokens == 12
