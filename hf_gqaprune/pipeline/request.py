@@ -19,8 +19,8 @@ from ..streaming import Layers, Workload, check_gpu_memory, check_memory_bound
 from ..surgery import check_moments, check_windows
 from ..utils import AUTO, compute_dtype, distributed, parse_size, select_device
 
-#: the criterion that is measured for a saved plan, which needs no curves, only the moments of a refit
-FOR_REFITTING = "magnitude"
+#: the criterion measured for a saved plan: the refit then reads moments weighted like those the plan was made from
+FOR_REFITTING = "curvature"
 
 
 @dataclass(frozen=True)
