@@ -144,7 +144,7 @@ def prune_checkpoint(
             steps = _steps(plan, checkpoint, writer)
             _stream(_Surgery(checkpoint, writer, plan, folder.dtype, steps, refit), working / PROGRESS, noted)
             writer.sync()
-        record = {"ridges": refit.streams.ridges} if refit and refit.streams else {}
+        record = {"ridges": refit.ridges} if refit and walked is not None else {}
         _write_around(pruned, folder.path, whole, checkpoint, writer, {**(known or {}), **record})
         for name in writer.files:
             os.rename(working / name, whole / name)

@@ -57,6 +57,14 @@ class Refit:
         self._moments.close()
         self.store.close()
 
+    @property
+    def ridges(self) -> list[ChosenRidge]:
+        """The ridges chosen so far, also by an interrupted call that finished every layer."""
+        if self.streams is not None:
+            return self.streams.ridges
+        last = len(self.statistics.source.layers)
+        return [ChosenRidge(*ridge) for ridge in self._state(last)["ridges"]] if self._note(last).exists() else []
+
     def begin(self, first: int) -> int:
         """Stand before the layer `first`, or before an earlier one where its streams are not there: which one it is."""
         calibration = self.statistics.calibration

@@ -316,7 +316,7 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_looks_finished(
         ((*MEMORY, "--allocation", "query_heads"), "allocation query_heads needs the whole model, which --memory does not load"),
         ((*MEMORY, "--allocation", "layer_importance"), "choose global, uniform or per_layer"),
         ((*MEMORY, "--compensation", "least_square"), "did you mean 'least_squares'"),
-        (("--resume",), "only what goes layer by layer can be resumed"),
+        (("--resume",), "only what is read layer by layer can be resumed"),
     ],
 )
 def test_requests_that_make_no_sense(

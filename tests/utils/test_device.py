@@ -63,7 +63,7 @@ def test_everything_is_done_on_the_device_of_the_model(tmp_path: Path) -> None:
 def test_one_device_is_not_all_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["prune", "demo", "--ratio", "0.2", "--memory", "8GiB", "--device", "auto", "-o", str(tmp_path / "pruned")]
     assert main(line) == 2
-    assert "take one: leave --device out" in capsys.readouterr().err
+    assert "use one: leave --device out" in capsys.readouterr().err
 
 
 def test_what_is_offloaded_is_told_before_it_is_measured(tmp_path: Path) -> None:
