@@ -36,6 +36,7 @@ def text(tmp_path: Path) -> Path:
 
 def refused(capsys: pytest.CaptureFixture[str], *line: object) -> str:
     """Run a command that must be refused; return its one line."""
+    capsys.readouterr()
     assert main([str(word) for word in line]) == 2
     told = capsys.readouterr().err.strip().splitlines()
     assert len(told) == 1, told
