@@ -17,7 +17,7 @@ from torch import nn
 from ..data import LOGITS_PER_BATCH, Calibration
 from ..errors import WorkError
 from ..linalg import fill_, invert_, ridge_term
-from ..models import eval_without_grad, kl_divergence
+from ..models import ModelShape, eval_without_grad, kl_divergence
 from ..statistics import RIDGE
 from ..utils import CPU, Progress, distributed
 
@@ -57,6 +57,19 @@ class Pass:
     before: float
     after: float
     kept: bool
+
+
+def steps_peak_bytes(shape: ModelShape) -> int:
+    """Estimate the memory that the steps take beside the dense model, for a pruned model of these sizes.
+
+    Every linear has its weight, gradient and running mean, and two factors, all in float32; activations are left out.
+    """
+    total = 0
+    for layer in shape.layers:
+        d, query, kv = shape.hidden_size, layer.query_heads * layer.head_dim, layer.kv_heads * layer.head_dim
+        linears = [(query, d), (kv, d), (kv, d), (d, query), (layer.ffn, d), (layer.ffn, d), (d, layer.ffn)]
+        total += sum(4 * (3 * rows * columns + rows**2 + columns**2) for rows, columns in linears if rows and columns)
+    return total
 
 
 def natural_gradient_steps(model: Any, pruned: Any, calibration: Calibration) -> list[Pass]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import ModelFolder, read_identity, resolve_model
+from ..compensation import steps_peak_bytes
 from ..configuration import DEFAULT_CRITERION, PruneRequest, PruningConfig
 from ..data import Calibration, Text, load_weighted_texts, sample_windows, sampling_bytes
 from ..errors import UsageError
@@ -111,7 +112,10 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
     pass_rule = CRITERIA[FOR_REFITTING if replayed else criterion]
     rule = pass_rule if statistics is None and (not replayed or refit) else None
     if layers is not None and not request.streamed and device.type == "cuda" and pruning.device != AUTO:
-        check_gpu_memory(shape, layers.dtype.itemsize, rule, torch.cuda.get_device_properties(device).total_memory)
+        total = torch.cuda.get_device_properties(device).total_memory
+        check_gpu_memory(shape, layers.dtype.itemsize, rule, total)
+        if refit and request.compensation == "natural_gradient":
+            check_steps_memory(plan.target if plan else _pruned_shape(shape, budget), shape, layers.dtype.itemsize, total)
     spare = 0
     if pruning.memory is not None and layers is not None:
         work = Workload(
@@ -128,6 +132,23 @@ def prepare(request: PruneRequest, *, planning_only: bool = False) -> Prepared:
         spare = check_memory_bound(work, pruning.memory)
     calibration = sample_windows(source.tokenizer, texts, samples, seq_len, request.seed) if draws else None
     return Prepared(request, device, dtype, source, criterion, budget, plan, statistics, calibration, spare)
+
+
+def check_steps_memory(pruned: ModelShape, dense: ModelShape, itemsize: int, total: int) -> None:
+    """Raise [`UsageError`] where a GPU of `total` bytes does not hold the dense model and the natural-gradient steps."""
+    needed = dense.cost.parameters * itemsize + steps_peak_bytes(pruned)
+    if needed > total:
+        raise UsageError(
+            f"the steps of compensation natural_gradient take about {needed / 2**30:.0f} GiB, and the GPU has "
+            f"{total / 2**30:.0f} GiB: choose --compensation least_squares, or --device auto to use all GPUs"
+        )
+
+
+def _pruned_shape(shape: ModelShape, budget: Budget | None) -> ModelShape:
+    """Estimate the sizes after pruning, before they are planned: every FFN narrower by the fraction to remove."""
+    removed = budget.parameters / shape.cost.backbone_parameters if budget else 0.0
+    layers = tuple(replace(layer, ffn=round(layer.ffn * (1 - removed))) for layer in shape.layers)
+    return replace(shape, layers=layers)
 
 
 def record(prepared: Prepared) -> dict[str, Any]:

@@ -12,6 +12,9 @@ import yaml
 
 from hf_gqaprune.checkpoint import ModelFolder
 from hf_gqaprune.cli import main
+from hf_gqaprune.compensation import steps_peak_bytes
+from hf_gqaprune.errors import UsageError
+from hf_gqaprune.models import LayerShape, ModelShape
 from hf_gqaprune.pipeline import request
 
 TEXT = "one two three four five six seven eight nine ten, and so it goes on. " * 60
@@ -71,3 +74,16 @@ def test_a_run_opens_each_part_of_each_checkpoint_once(
     assert main(["run", str(tmp_path / "recipe.yaml")]) == 0
     assert opened["calibration", "windows"] == 1
     assert max(opened.values()) == 1, opened
+
+
+def test_steps_that_no_gpu_holds_are_refused_with_the_way_out() -> None:
+    layer = LayerShape(query_heads=4, kv_heads=2, ffn=24, head_dim=4)
+    shape = ModelShape(8, 100, False, False, False, "bfloat16", (layer,))
+    # rows and columns of q, k, v, o, gate, up and down
+    linears = [(16, 8), (8, 8), (8, 8), (8, 16), (24, 8), (24, 8), (8, 24)]
+    floats = sum(3 * rows * columns + rows**2 + columns**2 for rows, columns in linears)
+    assert steps_peak_bytes(shape) == 4 * floats
+    needed = 2 * shape.cost.parameters + 4 * floats
+    request.check_steps_memory(shape, shape, 2, needed)
+    with pytest.raises(UsageError, match="natural_gradient take about 0 GiB, .* --compensation least_squares"):
+        request.check_steps_memory(shape, shape, 2, needed - 1)
