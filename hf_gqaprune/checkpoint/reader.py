@@ -1,7 +1,6 @@
-"""A checkpoint folder goes in, its tensors come out, one at a time or in pieces.
+"""Read the tensors of a checkpoint by offset, whole or in pieces, and hash them on the way.
 
-Files are read by offset, never mapped, so that only what is asked for is in memory. Every tensor that passes is hashed on
-the way: a fingerprint of the weights needs no second pass.
+Files are never mapped, so that only the requested bytes are in memory, and a fingerprint needs no second pass.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _CHUNK = 1 << 22  # bytes of a piece of a tensor: caches hold it, and the alloca
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies.
+    """The place of a tensor in its file.
 
     Attributes:
         file: the safetensors file.
@@ -56,20 +55,20 @@ class StoredTensor:
 
 
 class Checkpoint:
-    """The tensors of a checkpoint folder, read when asked for; a context manager that opens every shard once.
+    """Reader of the tensors in a checkpoint folder; a context manager that opens every shard once.
 
     Attributes:
         tensors: `{name: StoredTensor}` of all shards.
         files: the shards.
-        digests: `{name: hex}` of the tensors that were read to their end; see `fingerprint`.
+        digests: `{name: hex}` of the tensors that were read completely; see `fingerprint`.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Check names, headers and sizes of all shards in `folder`; no weight is read.
+        """Check names, headers and sizes of all shards in `folder` without reading a weight.
 
         Raises:
-            UsageError: no safetensors weights, an index or a header that is not one, a shard that is missing or of
-                another size than its header says, a tensor that is not where the index says, or in two shards.
+            UsageError: no safetensors weights, a corrupt index or header, a shard that is missing or differs in size from
+                its header, a tensor that is not where the index says, or is in two shards.
         """
         root = Path(folder)
         listed = _listed(root)
@@ -106,7 +105,7 @@ class Checkpoint:
         self._stack.close()
 
     def read(self, name: str, *, pinned: bool = False) -> torch.Tensor:
-        """The tensor `name`, on the CPU, `pinned` for a GPU to copy; [`WorkError`] where its file cannot be read."""
+        """Read the tensor `name` to the CPU, into `pinned` memory for a copy to a GPU; raises [`WorkError`] on failure."""
         stored = self.tensors[name]
         tensor = torch.empty(stored.shape, dtype=stored.dtype, pin_memory=pinned)
         _read(self._open[stored.file], stored, memory_of(tensor), stored.start)
@@ -114,9 +113,9 @@ class Checkpoint:
         return tensor
 
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
-        """The tensor `name` in pieces of whole rows, 4 MiB or one row; [`WorkError`] as `read`.
+        """Read the tensor `name` in pieces of whole rows, 4 MiB or one row; raises [`WorkError`] as `read`.
 
-        A thread reads and hashes the next one while one is used.
+        A thread reads and hashes the next piece while the current one is used.
         """
         stored = self.tensors[name]
         hashed, pieces = Digest(stored.dtype, stored.shape), pieces_of(self._open[stored.file], stored)
@@ -134,17 +133,17 @@ class Checkpoint:
         self.digests[name] = hashed.hex()
 
     def announce(self, names: Iterable[str]) -> None:
-        """Let the system fetch the tensors `names` while others are worked on."""
+        """Ask the system to prefetch the tensors `names` into the page cache."""
         if hasattr(os, "posix_fadvise"):
             for stored in sorted((self.tensors[name] for name in names), key=lambda t: (t.file, t.start)):
                 os.posix_fadvise(self._open[stored.file], stored.start, stored.nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def read_header(file: Path) -> list[StoredTensor]:
-    """The tensors of a safetensors file, in the order in which they lie there.
+    """Read the header of a safetensors file: its tensors in file order.
 
     Raises:
-        UsageError: not a safetensors file, or one whose header and size contradict each other.
+        UsageError: not a safetensors file, or its header and its size contradict each other.
     """
     try:
         size = file.stat().st_size
@@ -162,21 +161,22 @@ def read_header(file: Path) -> list[StoredTensor]:
     if not isinstance(header, dict):
         raise UsageError(f"{file} is no safetensors file: its header is a {type(header).__name__}")
     header.pop("__metadata__", None)
-    tensors = sorted((_stored(file, 8 + length, name, entry) for name, entry in header.items()), key=_place)
+    tensors = sorted((_stored(file, 8 + length, name, entry) for name, entry in header.items()), key=_position)
     end = 8 + length
     for tensor in tensors:
         if tensor.start != end:
-            raise UsageError(f"the header of {file} lies: {tensor.name} begins at byte {tensor.start}, not {end}")
+            raise UsageError(f"corrupt safetensors header of {file}: {tensor.name} begins at byte {tensor.start}, not {end}")
         end += tensor.nbytes
         if end > size:
-            raise UsageError(f"{file} is cut off, or its header lies: {tensor.name} ends at byte {end} of {size}")
+            problem = f"{tensor.name} ends at byte {end} of {size}"
+            raise UsageError(f"{file} is truncated, or its safetensors header corrupt: {problem}")
     if end != size:
-        raise UsageError(f"the header of {file} lies: its tensors end at byte {end} of {size}")
+        raise UsageError(f"corrupt safetensors header of {file}: its tensors end at byte {end} of {size}")
     return tensors
 
 
 def _listed(root: Path) -> dict[str, str]:
-    """`{tensor: file name}` of the index in `root`; empty where one file holds everything."""
+    """Read `{tensor: file name}` from the index in `root`; empty if one file holds everything."""
     if (root / WEIGHTS).exists():
         return {}
     path = root / INDEX
@@ -202,40 +202,41 @@ def _listed(root: Path) -> dict[str, str]:
 
 
 def _stored(file: Path, begin: int, name: str, entry: Any) -> StoredTensor:
-    """One entry of a header, checked by itself."""
+    """Check one entry of a header by itself."""
     try:
         dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, first, last]
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"the header of {file} says nothing usable about {name}: {entry!r:.200}") from error
+        raise UsageError(f"corrupt safetensors header of {file}: {name} has the entry: {entry!r:.200}") from error
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UsageError(f"{file}: {name} is of dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
     if any(type(number) is not int or number < 0 for number in numbers):
-        raise UsageError(f"the header of {file} lies: {name} has shape {shape} and offsets {[first, last]}")
+        raise UsageError(f"corrupt safetensors header of {file}: {name} has shape {shape} and offsets {[first, last]}")
     tensor = StoredTensor(name, file, DTYPES[dtype], tuple(shape), begin + first)
     if last - first != tensor.nbytes:
         raise UsageError(
-            f"the header of {file} lies: {name} has {last - first} bytes, {dtype} of shape {shape} needs {tensor.nbytes}"
+            f"corrupt safetensors header of {file}: {name} has {last - first} bytes, {dtype} of shape {shape} needs "
+            f"{tensor.nbytes}"
         )
     return tensor
 
 
-def _place(tensor: StoredTensor) -> tuple[int, int]:
+def _position(tensor: StoredTensor) -> tuple[int, int]:
     # a tensor without elements begins where its successor does
     return tensor.start, tensor.nbytes
 
 
 def drop_page_cache(file: int, start: int, size: int) -> None:
-    """Take a part of an open file out of the page cache, or begin to write it back; nothing where that cannot be said.
+    """Drop a part of an open file from the page cache, or start writing it back; do nothing where that is unsupported.
 
-    Its pages then serve what is read or written next: new ones can take longer than the disk, in a virtual machine say.
+    The pages are reused for the next read or write: in a virtual machine, new pages can be slower than the disk.
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file, start, size, os.POSIX_FADV_DONTNEED)
 
 
 def pieces_of(file: int, stored: StoredTensor) -> Iterator[torch.Tensor]:
-    """A tensor of an open file in pieces of whole rows, read once; [`WorkError`] where it cannot be read."""
+    """Read a tensor of an open file in pieces of whole rows; raises [`WorkError`] on failure."""
     if not stored.nbytes:
         return
     rows, *rest = stored.shape or (1,)

@@ -1,4 +1,4 @@
-"""Tensors go in, one after the other; the shards of a checkpoint, under the usual names, come out."""
+"""Write the shards of a checkpoint tensor by tensor, under the usual names."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ _BEHIND = 4  # stretches that may be on their way there
 
 
 class ShardWriter:
-    """Shards of a checkpoint whose every tensor is known beforehand; a context manager that opens every shard once.
+    """Writer of shards whose tensors are all known beforehand; a context manager that opens every shard once.
 
-    The files equal, byte for byte, those that `save_pretrained` writes of the same tensors. A thread writes, so that the
-    next tensor is read and computed in the meantime.
+    The files equal, byte for byte, those that `save_pretrained` writes of the same tensors. A background thread writes
+    while the next tensor is computed.
 
     Attributes:
-        tensors: `{name: StoredTensor}` of what is to be written, in the order of the files.
+        tensors: `{name: StoredTensor}` to be written, in the order of the files.
         files: `{file name: size in bytes}`.
-        digests: `{name: hex}` of the tensors that were given; `wait` makes sure of them.
+        digests: `{name: hex}` of the tensors passed to `write`; they are on file after `wait`.
     """
 
     def __init__(
         self, folder: Path, tensors: Mapping[str, torch.Tensor], max_shard_size: int | str, parameters: int
     ) -> None:
-        """Lay the shards out; nothing is written.
+        """Lay the shards out without writing anything.
 
         Args:
-            folder: where they will lie.
+            folder: of the shards.
             tensors: names, shapes and dtypes, on the meta device, in the order of the model.
             max_shard_size: bytes, or a text such as "5GB".
             parameters: of the model, for the index.
@@ -102,10 +102,10 @@ class ShardWriter:
                 self.wait()
 
     def write(self, name: str, pieces: Iterable[torch.Tensor]) -> None:
-        """Write the tensor `name`, given whole or in pieces one after the other, none of which may change before `wait`.
+        """Queue the tensor `name` for writing, whole or in consecutive pieces that must not change before `wait`.
 
         Raises:
-            WorkError: writing failed, perhaps that of a tensor before this one; or it is not as large as laid out.
+            WorkError: writing this tensor or an earlier one failed, or its size differs from the layout.
         """
         stored = self.tensors[name]
         hashed = Digest(stored.dtype, stored.shape)
@@ -125,18 +125,18 @@ class ShardWriter:
         self.digests[name] = hashed.hex()
 
     def _send(self, *stretch: int) -> None:
-        """Begin to write a stretch back, `(file, start, size)`, and let go of what should be on the disk by now."""
+        """Start writing back a stretch, `(file, start, size)`, and drop earlier ones from the page cache."""
         drop_page_cache(*stretch)
         self._behind.append(stretch)
         if len(self._behind) > _BEHIND:
             drop_page_cache(*self._behind.popleft())
 
     def wait(self) -> None:
-        """Wait until all that was given is written, though not yet on the disk; [`WorkError`] where that failed."""
+        """Wait until every queued tensor is written, though not yet synced to disk; raises [`WorkError`] on failure."""
         self._thread.wait()
 
     def verify(self, name: str, expected: str) -> bool:
-        """Whether the tensor `name` is already there with the digest `expected`; then it counts as written."""
+        """Return whether the file already holds the tensor `name` with the digest `expected`; if so, it counts as written."""
         self.wait()
         stored = self.tensors[name]
         file = self._open[stored.file]
@@ -148,7 +148,7 @@ class ShardWriter:
         return True
 
     def sync(self) -> None:
-        """Wait until everything is on the disk; [`WorkError`] where it does not get there."""
+        """Sync every shard to disk; raises [`WorkError`] on failure."""
         self.wait()
         for path, file in self._open.items():
             try:
@@ -158,9 +158,9 @@ class ShardWriter:
 
 
 def lay_out(file: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, list[StoredTensor]]:
-    """First bytes of a safetensors `file` that will hold `tensors` (any device), all of one dtype, and their places.
+    """Compute the header bytes of a safetensors `file` for `tensors` (any device, one dtype), and the tensors' places.
 
-    The order is that of safetensors: by name.
+    Tensors are ordered by name, as safetensors does.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

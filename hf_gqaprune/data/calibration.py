@@ -14,9 +14,9 @@ from ..errors import UsageError
 from .text import Text, load_text, parse_weight
 from .windows import excerpt_size, token_ids, token_windows
 
-#: bytes that a tokenizer takes for a token and what it knows of it, and the token as a number; measured: 340
+#: bytes per token of a tokenizer's encoding and of the ids; measured: 340
 _PER_TOKEN = 360
-#: characters whose tokens are counted to tell how many a text has
+#: characters that are tokenized to estimate the number of tokens of a text
 _GLANCE = 1 << 16
 #: one window in this many is held out of re-fitting and steps, for choices that must not be made on the fitted windows;
 #: moments and curves are taken over all
@@ -41,7 +41,7 @@ class Calibration:
     Attributes:
         ids: int64 `(samples, seq_len)`, each row BOS + `seq_len - 1` text tokens (all text where there is no BOS).
         sources: what they were drawn from.
-        seed: of the drawing.
+        seed: of the sampling.
     """
 
     ids: torch.Tensor
@@ -62,27 +62,27 @@ class Calibration:
 
     @property
     def tokens(self) -> int:
-        """Number of calibration tokens, BOS included."""
+        """Return the number of calibration tokens, BOS included."""
         return self.ids.numel()
 
     @property
     def held_out(self) -> torch.Tensor:
-        """The windows kept apart, one in eight: int64 `(samples // 8, seq_len)`."""
+        """Return the held-out windows, one in eight: int64 `(samples // 8, seq_len)`."""
         return self.ids[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
 
     @property
     def fitted(self) -> torch.Tensor:
-        """All windows that are not held out."""
+        """Return all windows that are not held out."""
         keep = torch.arange(len(self.ids)) % HELD_OUT_EVERY != HELD_OUT_EVERY - 1
         return self.ids[keep]
 
     def record(self) -> list[dict[str, Any]]:
-        """The sources, JSON-ready."""
+        """Return the sources, JSON-ready."""
         return [asdict(source) for source in self.sources]
 
     @staticmethod
     def from_ids(ids: torch.Tensor) -> Calibration:
-        """Windows that are tokenized already, int64 `(samples, seq_len)`."""
+        """Use windows that are tokenized already, int64 `(samples, seq_len)`."""
         return Calibration(ids)
 
     @staticmethod
@@ -95,7 +95,7 @@ class Calibration:
         seed: int = 0,
         text_column: str = "text",
     ) -> Calibration:
-        """Draw `samples` windows of `seq_len` tokens, spread evenly over each source.
+        """Sample `samples` windows of `seq_len` tokens, evenly over each source.
 
         Args:
             tokenizer: a Hugging Face tokenizer; text is tokenized once, without special tokens.
@@ -115,7 +115,7 @@ class Calibration:
 def sample_windows(
     tokenizer: Any, texts: Sequence[tuple[Text, float]], samples: int, seq_len: int, seed: int
 ) -> Calibration:
-    """`Calibration.from_text` of texts and weights that are loaded."""
+    """Sample as `Calibration.from_text` from loaded texts and their weights."""
     if samples < 1 or seq_len < 2:
         raise UsageError(f"samples={samples} and seq_len={seq_len}: at least 1 window of 2 tokens is needed")
     pools = [token_windows(tokenizer, text, seq_len, samples) for text, _ in texts]
@@ -176,7 +176,7 @@ def load_weighted_texts(sources: Any, column: str = "text") -> list[tuple[Text, 
 
 
 def _shares(samples: int, weights: list[float], capacity: list[int], seq_len: int) -> list[int]:
-    """Windows per source: proportional to weight; what a short source lacks is taken from the others."""
+    """Return windows per source, proportional to weight; the others make up for a source that is too short."""
     if sum(capacity) < samples:
         raise UsageError(
             f"the calibration text holds {sum(capacity)} windows of {seq_len} tokens, {samples} are asked for: "
@@ -196,6 +196,6 @@ def _shares(samples: int, weights: list[float], capacity: list[int], seq_len: in
 
 
 def _spread(total: int, count: int, rng: random.Random) -> list[int]:
-    """One random index from each of `count` equal stretches of `range(total)`."""
+    """Sample one index from each of `count` equal stretches of `range(total)`."""
     edges = [total * i // count for i in range(count + 1)] if count else [0]
     return [rng.randrange(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]

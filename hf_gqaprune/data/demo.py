@@ -1,4 +1,4 @@
-"""A seed goes in, small stories come out; beside them lies a Llama that was trained on such stories.
+"""Generate small stories from a seed, and locate the embedded Llama that was trained on such stories.
 
 The stories carry names over sentences, agree in number, count, and ask later what was said before, so that pruning the
 model hurts and recovery helps. Splits differ in their seed and in nothing else.

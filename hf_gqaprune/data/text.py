@@ -1,4 +1,4 @@
-"""Names, files and datasets go in; one string each comes out, with what is needed to say which text it was."""
+"""Load text from names, files and datasets, with a name and a hash for the record."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _join(rows: list[str]) -> str:
 
 
 def _column(path: str, split: str, source: str, *, column: str = "text", **options: Any) -> list[str]:
-    """One text column of a dataset; what goes wrong is told as what the user can do about it."""
+    """Load a text column of a dataset; raises [`UsageError`] with what the user can do."""
     import datasets
     from httpx2 import HTTPError
 
@@ -162,7 +162,7 @@ def _column(path: str, split: str, source: str, *, column: str = "text", **optio
 
 
 def _is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` of `datasets` wrote the folder; `load_dataset` does not read those."""
+    """Return whether `save_to_disk` of `datasets` wrote the folder, which `load_dataset` does not read."""
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 

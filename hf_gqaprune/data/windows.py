@@ -20,7 +20,7 @@ LOGITS_PER_BATCH = 1 << 27
 
 
 def split_batches(ids: torch.Tensor, vocabulary: int) -> Iterator[torch.Tensor]:
-    """Rows of int64 `(samples, seq_len)` in order, at least one at a time; nothing of none.
+    """Split int64 `(samples, seq_len)` into batches of at least one row; no batches for no rows.
 
     A batch has about `TOKENS_PER_BATCH` tokens, or fewer where their logits would be more than `LOGITS_PER_BATCH`.
     """
@@ -55,7 +55,7 @@ def excerpt_size(text: Text, seq_len: int, wanted: int) -> int:
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text, without special tokens."""
+    """Tokenize a text without special tokens."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False, return_attention_mask=False)["input_ids"]
     return ids
 
@@ -69,7 +69,7 @@ def check_token_ids(largest: int, embeddings: int, name: str) -> None:
 
 
 def cut_windows(tokenizer: Any, tokens: list[int], seq_len: int, name: str) -> torch.Tensor:
-    """All disjoint windows of tokens as `token_windows` gives them; [`UsageError`], naming the text, if there is none."""
+    """Cut tokens into disjoint windows as `token_windows`; raises [`UsageError`], naming the text, if there are too few."""
     bos = tokenizer.bos_token_id
     span = seq_len - (bos is not None)
     count = len(tokens) // span
@@ -84,10 +84,10 @@ def cut_windows(tokenizer: Any, tokens: list[int], seq_len: int, name: str) -> t
 
 
 def layer_batches(ids: torch.Tensor, vocabulary: int, device: torch.device) -> list[torch.Tensor]:
-    """Windows, int64 `(samples, seq_len)`, as layers take them one after the other.
+    """Split int64 `(samples, seq_len)` into batches for a pass layer by layer.
 
-    Whole logits are made nowhere there. On a GPU, which a small batch leaves idle, they limit nothing; on the CPU the batches
-    are those of a pass through the whole model.
+    No logits of a whole batch are computed there, so that on a GPU, which small batches leave idle, they set no limit; on
+    the CPU the batches are those of a pass through the whole model.
     """
     return list(split_batches(ids, vocabulary if device == CPU else 1))
 
@@ -95,6 +95,6 @@ def layer_batches(ids: torch.Tensor, vocabulary: int, device: torch.device) -> l
 def refit_batches(
     fitted: torch.Tensor, held_out: torch.Tensor, vocabulary: int, device: torch.device
 ) -> tuple[list[torch.Tensor], list[bool]]:
-    """Fitted and then held-out batches, and which are held out, as re-fitting takes them."""
+    """Return fitted and then held-out batches, and a flag for each whether it is held out."""
     first, second = (layer_batches(ids, vocabulary, device) for ids in (fitted, held_out))
     return first + second, [False] * len(first) + [True] * len(second)

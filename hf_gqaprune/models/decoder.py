@@ -1,4 +1,4 @@
-"""A checkpoint folder goes in; its decoder layers come out one at a time, ready to run."""
+"""Run the decoder layers of a model one at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class DecoderInputs:
-    """Position embeddings and masks for windows of one length, none of them padded."""
+    """Position embeddings and causal masks for unpadded windows of one length."""
 
     def __init__(self, config: Any, rotary: nn.Module, seq_len: int, dtype: torch.dtype) -> None:
         device = next(rotary.buffers()).device
@@ -25,7 +25,7 @@ class DecoderInputs:
         self._masks: dict[tuple[object, ...], torch.Tensor | None] = {}
 
     def to(self, device: torch.device) -> DecoderInputs:
-        """The same on another device."""
+        """Return a copy on another device."""
         moved = copy.copy(self)
         moved.positions = self.positions.to(device)
         moved.rope = tuple(part.to(device) for part in self.rope)
@@ -33,7 +33,7 @@ class DecoderInputs:
         return moved
 
     def mask(self, hidden: torch.Tensor, config: Any = None) -> torch.Tensor | None:
-        """The causal mask for `hidden`, or None where attention needs none."""
+        """Return the causal mask for `hidden`, or None if the attention implementation needs none."""
         from transformers.masking_utils import create_causal_mask
 
         config = config or self.config
@@ -44,7 +44,7 @@ class DecoderInputs:
         return self._masks[key]
 
     def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """A decoder layer's output, `(windows, seq_len, hidden)`."""
+        """Run a decoder layer: `(windows, seq_len, hidden)` -> the same."""
         output: torch.Tensor = layer(
             hidden,
             attention_mask=self.mask(hidden),
@@ -66,7 +66,7 @@ class DecoderInputs:
 
 @contextmanager
 def materialized(layer: nn.Module, state: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Give a layer without weights these, in eval mode and without gradients, and take them away again."""
+    """Load weights into a meta layer, in eval mode and without gradients, and release them when the block ends."""
     layer.load_state_dict(state, assign=True)
     layer.eval().requires_grad_(False)
     try:
@@ -76,7 +76,7 @@ def materialized(layer: nn.Module, state: dict[str, torch.Tensor]) -> Iterator[N
 
 
 def empty_model(config: Any) -> PreTrainedModel:
-    """The model of `config` without weights."""
+    """Build the model of `config` on the meta device."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -84,10 +84,10 @@ def empty_model(config: Any) -> PreTrainedModel:
 
 
 def expected_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Tensors that a checkpoint of `model` holds, in their order: all but tied ones."""
+    """Return the tensors that a checkpoint of `model` stores, in order: all but tied ones."""
     return {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
 
 
 def layer_prefix(index: int) -> str:
-    """What the names of a decoder layer's tensors begin with."""
+    """Return the prefix of the names of a decoder layer's tensors."""
     return f"model.layers.{index}."

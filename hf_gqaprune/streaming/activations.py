@@ -22,21 +22,21 @@ _AHEAD = 4
 
 @dataclass(frozen=True)
 class _Kept:
-    """A tensor on the device, on its way to the host, or on the disk."""
+    """A tensor on the device, being copied to the host, or on disk."""
 
     nbytes: int
     where: torch.Tensor | Future[torch.Tensor] | Path
 
 
 class ActivationStore:
-    """Named sequences of tensors in a folder, one file per tensor; a sequence that is there is whole.
+    """Named sequences of tensors in a folder, one file per tensor; a committed sequence is complete.
 
-    What a GPU gives stays in memory while there is some: in its own, then in that of the host, since the way to a disk is
-    many times as long as the work between. It is gone with the process.
+    Tensors of a GPU stay in its memory, then in the host's, as long as there is room, since a disk is many times slower than
+    the work between. They are lost with the process and then recomputed.
     """
 
     def __init__(self, folder: Path, device: torch.device = CPU, room: int = 0) -> None:
-        """Nothing is made yet.
+        """Prepare without creating anything.
 
         Args:
             folder: for files.
@@ -58,7 +58,7 @@ class ActivationStore:
             self._copier.close()
 
     def write(self, name: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Write a sequence that is not there before `commit`; [`WorkError`] where it cannot be written."""
+        """Write a sequence that exists after `commit`; raises [`WorkError`] if that fails."""
         part = f"{name}.part"
         self.drop(part)
         (self.folder / part).mkdir(parents=True)
@@ -71,7 +71,7 @@ class ActivationStore:
             self._kept[part] = kept
 
     def commit(self, name: str) -> StoredSequence:
-        """Let a written sequence be there."""
+        """Commit a written sequence."""
         self.drop(name)
         part = f"{name}.part"
         if part in self._kept:
@@ -88,7 +88,7 @@ class ActivationStore:
         return self.commit(name)
 
     def read(self, name: str) -> Iterator[torch.Tensor]:
-        """The tensors of a sequence, each on the device only while it is used."""
+        """Yield the tensors of a sequence, each on the device only while it is used."""
         from safetensors.torch import load_file
 
         kept = self._kept.get(name)
@@ -100,11 +100,11 @@ class ActivationStore:
             yield to_device(tensor.detach(), self.device)
 
     def has(self, name: str) -> bool:
-        """Whether a sequence is there."""
+        """Return whether a sequence is committed."""
         return name in self._kept or (self.folder / name).is_dir()
 
     def drop(self, name: str) -> None:
-        """Remove a sequence, if it is there."""
+        """Remove a sequence, if it exists."""
         for item in self._kept.pop(name, ()):
             if isinstance(item.where, Path):
                 item.where.unlink(missing_ok=True)
@@ -113,18 +113,18 @@ class ActivationStore:
         shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def drop_all_but(self, names: Iterable[str]) -> None:
-        """Remove the sequences that `keep` named, but for `names`."""
+        """Remove the sequences written by `keep`, except `names`."""
         for name in self._names() - set(names):
             self.drop(name)
             self.drop(f"{name}.part")
 
     def _names(self) -> set[str]:
-        """The names that `keep` gave, also to what is not whole."""
+        """Return the names given by `keep`, also of incomplete sequences."""
         known = [*self._kept, *(path.name for path in self.folder.iterdir())]
         return {name for name in (text.removesuffix(".part") for text in known) if name.isdigit()}
 
     def _keep(self, tensor: torch.Tensor, path: Path) -> _Kept:
-        """Put a tensor where there is room for it, at last at `path`."""
+        """Store a tensor in the fastest memory that has room, else at `path`."""
         size = tensor.nbytes
         if self._copier is not None and size <= self._room:
             self._count(room=-size)
@@ -143,14 +143,14 @@ class ActivationStore:
             self._coming += coming
 
     def _copied(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy in pages that are the system's again when it is dropped."""
+        """Copy to unpinned pages, which are returned to the system when the copy is freed."""
         copy = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(to_host(tensor))
         self._count(coming=-tensor.nbytes)
         return copy
 
 
 def memory_capacity(device: torch.device, room: int) -> int:
-    """Bytes of activations that an `ActivationStore` would now hold in memory."""
+    """Return the bytes of activations that an `ActivationStore` would currently hold in memory."""
     if device == CPU:
         return 0
     total, available = host_memory()
@@ -158,7 +158,7 @@ def memory_capacity(device: torch.device, room: int) -> int:
 
 
 class StoredSequence(Iterable[torch.Tensor]):
-    """A sequence, read anew each time it is gone through."""
+    """A stored sequence that is read anew at each iteration."""
 
     def __init__(self, store: ActivationStore, name: str) -> None:
         self.store, self.name = store, name
@@ -168,6 +168,6 @@ class StoredSequence(Iterable[torch.Tensor]):
 
 
 def _arrived(item: _Kept) -> None:
-    """Wait for what is on its way; raises what failed there."""
+    """Wait for a copy to the host; raises its error."""
     if isinstance(item.where, Future):
         item.where.result()

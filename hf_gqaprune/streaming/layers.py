@@ -1,4 +1,4 @@
-"""TODO."""
+"""Load the parts of a checkpoint one at a time, each only while it is used."""
 
 from __future__ import annotations
 
@@ -60,19 +60,19 @@ class Layers:
         self._stack.close()
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A weight on the device."""
+        """Load a weight to the device."""
         return self.checkpoint.read(name, pinned=self.device.type == "cuda").to(self.device).to(self.dtype)
 
     def embedded(self, batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """The hidden states `(windows, seq_len, hidden)` of each batch of ids before the first layer."""
+        """Yield the embeddings `(windows, seq_len, hidden)` of each batch of ids."""
         weight = self._outer("model.embed_tokens.weight")
         yield from (F.embedding(ids.to(self.device), weight) for ids in batches)
 
     @contextmanager
     def layer(self, index: int, following: int | None = None) -> Iterator[Any]:
-        """The decoder layer `index` with its weights, in eval mode, no parameter with a gradient.
+        """Yield the decoder layer `index` with its weights, in eval mode and without gradients.
 
-        On a GPU the one that is asked for next, `following`, is read in the meantime.
+        On a GPU the next one, `following`, is prefetched.
         """
         layers: Any = self._model.get_decoder().layers
         # the layer before would leave the heap a little larger
@@ -82,32 +82,32 @@ class Layers:
             yield layers[index]
 
     def _read(self, index: int) -> dict[str, torch.Tensor]:
-        """Of a layer, on the device, by the names within it."""
+        """Load a layer to the device, `{name within it: tensor}`."""
         layer: Any = self._model.get_decoder().layers[index]
         # old checkpoints hold more, such as the frequencies of the position embeddings
         return {name: self.tensor(layer_prefix(index) + name) for name in layer.state_dict()}
 
     def head(self) -> tuple[nn.Module, torch.Tensor]:
-        """The last norm, and the weight `(vocabulary, hidden)` of the head."""
+        """Load the final norm, and the weight `(vocabulary, hidden)` of the head."""
         norm: Any = self._model.get_decoder().norm
         norm.load_state_dict({"weight": self._outer("model.norm.weight")}, assign=True)
         tied = self.config.tie_word_embeddings
         return norm.requires_grad_(False), self._outer("model.embed_tokens.weight" if tied else "lm_head.weight")
 
     def _outer(self, name: str) -> torch.Tensor:
-        """A weight that is of no layer; [`WorkError`] where it is not finite."""
+        """Load a weight outside the layers; raises [`WorkError`] if it is not finite."""
         weight = self.tensor(name)
         check_finite(name, weight)
         return weight
 
     def decoder_inputs(self, seq_len: int) -> DecoderInputs:
-        """What a layer needs beside hidden states."""
+        """Build the inputs of a layer other than hidden states."""
         rotary: Any = self._model.get_decoder().rotary_emb
         return DecoderInputs(self.config, type(rotary)(config=rotary.config).to(self.device), seq_len, self.dtype)
 
 
 def _check_tensors(folder: ModelFolder, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    """Raise [`UsageError`] unless the checkpoint holds what its config asks for."""
+    """Raise [`UsageError`] unless the checkpoint holds the tensors of its config."""
     for name, tensor in expected_tensors(model).items():
         stored = checkpoint.tensors.get(name)
         if stored is None:

@@ -1,6 +1,6 @@
-"""Sizes go in; what the process needs at its most, stage by stage, comes out, by arithmetic alone.
+"""Predict the peak memory of each stage from the sizes of the model.
 
-A bound on memory never changes how the work is split: results would then depend on it. It is met or refused.
+A bound on memory never changes how the work is split, since results would then depend on it: it is met or refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SHORT = 256  # tokens of a window that is proposed where windows are what takes
 
 @dataclass(frozen=True)
 class Workload:
-    """What is done within a bound.
+    """The work to be done within a bound on memory.
 
     Attributes:
         shape: of the model.
@@ -48,12 +48,12 @@ class Workload:
 
     @property
     def batch(self) -> int:
-        """Tokens of the largest batch, as `layerwise.layer_batches` makes them."""
+        """Return the tokens of the largest batch of `layer_batches`."""
         tokens = TOKENS_PER_BATCH if self.gpu else min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // self.shape.vocab_size)
         return min(self.windows, max(1, tokens // max(1, self.seq_len))) * self.seq_len
 
     def stages(self) -> dict[str, int]:
-        """Bytes that each stage takes beside `PROCESS`, at most."""
+        """Return the peak bytes of each stage beside `PROCESS`."""
         found = {"the calibration text": self.text} if self.text else {}
         if self.windows and (self.measured or self.refitted):
             found["the embeddings"] = self._vocabulary() + 3 * self.batch * self.shape.hidden_size * self.itemsize
@@ -68,7 +68,7 @@ class Workload:
         return found
 
     def peak(self) -> tuple[str, int]:
-        """The stage that takes most, and the memory that the process then has."""
+        """Return the stage with the highest peak, and the memory of the process in it."""
         stages = {"the process": 0, **self.stages()}
         name = max(stages, key=lambda stage: stages[stage])
         return name, PROCESS + stages[name]
@@ -134,10 +134,10 @@ class Workload:
 
 
 def check_memory_bound(work: Workload, memory: str) -> int:
-    """Bytes of `memory`, a size, that the work leaves.
+    """Return how many bytes of `memory`, a size, the work leaves free.
 
     Raises:
-        UsageError: it would need more; the stage is named, and ways out.
+        UsageError: the work needs more; the message names the stage and alternatives.
     """
     bound = parse_size(memory)
     stage, needed = work.peak()
@@ -156,18 +156,18 @@ def check_memory_bound(work: Workload, memory: str) -> int:
 
 
 def moments_disk_bytes(source: ModelShape, rule: Criterion) -> list[int]:
-    """Bytes on the disk of each layer's moments: float32, half of each square and a little more."""
+    """Return the bytes of each layer's moments on disk: float32, about half of each square."""
     return [4 * sum(map(half_size, widths)) for widths in _moments(source, rule)]
 
 
 def _moments(source: ModelShape, rule: Criterion) -> list[list[int]]:
-    """The widths of each layer's second moments."""
+    """Return the widths of each layer's second moments."""
     gradients = 2 * [source.hidden_size] if rule.output_gradients else []
     return [[s.query_heads * s.head_dim, s.ffn, *gradients] for s in source.layers]
 
 
 def check_gpu_memory(shape: ModelShape, itemsize: int, measured: Criterion | None, total: int) -> None:
-    """Raise [`UsageError`] where a GPU of `total` bytes cannot even hold a whole model and the sums of all its layers."""
+    """Raise [`UsageError`] if a GPU of `total` bytes cannot hold a whole model and the sums of all its layers."""
     sums = 0 if measured is None else sum(4 * width**2 for widths in _moments(shape, measured) for width in widths)
     least = shape.cost.parameters * itemsize + sums
     if least > total:
@@ -182,5 +182,5 @@ def _most(found: dict[str, int], name: str, size: int) -> None:
 
 
 def _gib(size: int) -> str:
-    """Rounded up, so that what is named suffices."""
+    """Format in GiB, rounded up, so that the printed size suffices."""
     return f"{math.ceil(size / 2**30 * 100) / 100:.2f}GiB"

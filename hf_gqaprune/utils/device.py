@@ -19,10 +19,10 @@ AUTO = "auto"
 
 
 def select_device(name: str | None) -> torch.device:
-    """`cpu`, `cuda` or `cuda:N`; None and `auto`: the first GPU (CUDA or ROCm), or the CPU where there is none.
+    """Return the device `cpu`, `cuda` or `cuda:N`; for None and `auto` the first GPU (CUDA or ROCm), or else the CPU.
 
     Raises:
-        UsageError: another name, or a GPU that is not there. Re-fitting is done in float64, which MPS lacks.
+        UsageError: another name, or a GPU that does not exist. Refitting uses float64, which MPS lacks.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name in (None, AUTO):
@@ -71,10 +71,10 @@ def _fast(dtype: torch.dtype, size: int = 256) -> bool:
 
 @contextmanager
 def memory_limit(device: torch.device, hint: str, size: int | None = None) -> Iterator[None]:
-    """Let this process take no more than `size` bytes of a GPU's memory, None for all of it, until the block ends.
+    """Limit this process to `size` bytes of a GPU's memory, None for all of it, until the block ends.
 
     Raises:
-        WorkError: it was too little; one line that ends in `hint`.
+        WorkError: the device ran out of memory; the message ends in `hint`.
     """
     bound = size if device.type == "cuda" else None
     if bound is not None:
@@ -92,7 +92,7 @@ def memory_limit(device: torch.device, hint: str, size: int | None = None) -> It
 
 
 def dispatch(model: Any, places: Mapping[str, int | str | torch.device]) -> None:
-    """Let `model`, which lies on the devices that `places` (a `hf_device_map`) names, run over them as accelerate does it."""
+    """Attach accelerate's hooks so that `model`, whose parts are on the devices of `places` (a `hf_device_map`), can run."""
     from accelerate.hooks import attach_align_device_hook_on_blocks
 
     if len(set(places.values())) < 2:

@@ -1,7 +1,7 @@
-"""Data-parallel calibration: every process takes its windows, and sums are summed over processes.
+"""Shard calibration windows over processes and sum over them; with one process nothing is done.
 
-With one process nothing happens here. Whoever has called `torch.distributed.init_process_group`, or made an
-`accelerate.PartialState` under `accelerate launch`, gets the same sums, plans and weights in every process.
+After `torch.distributed.init_process_group`, or with an `accelerate.PartialState` under `accelerate launch`, every process
+gets the same sums, plans and weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def process_state() -> PartialState:
 
 
 def init() -> torch.device | None:
-    """Join the other processes of an `accelerate launch`; the device of this one, None where it is alone."""
+    """Join the process group of `accelerate launch` and return this process's device; None outside of one."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
     device: torch.device = process_state().device
@@ -33,17 +33,17 @@ def init() -> torch.device | None:
 
 
 def count() -> int:
-    """Processes that take part."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def index() -> int:
-    """This process, from 0."""
+    """Return the rank of this process."""
     return dist.get_rank() if count() > 1 else 0
 
 
 def shard(windows: torch.Tensor) -> torch.Tensor:
-    """The rows of `windows` that this process takes: every n-th of n processes, possibly none."""
+    """Return this process's rows of `windows`: every n-th for n processes, possibly none."""
     return windows[index() :: count()]
 
 
@@ -55,7 +55,7 @@ def all_reduce_(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def all_reduce_scalar(value: float, like: torch.Tensor) -> float:
-    """A number summed over all processes, float64; `like` names a device that they can exchange from."""
+    """Sum a number over all processes in float64, on the device of `like`."""
     if count() == 1:
         return value
     total = torch.tensor(value, dtype=torch.float64, device=like.device)
@@ -64,6 +64,6 @@ def all_reduce_scalar(value: float, like: torch.Tensor) -> float:
 
 
 def barrier() -> None:
-    """Until all processes are here."""
+    """Wait for all processes."""
     if count() > 1:
         dist.barrier()

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: everything is written under a temporary name and renamed when complete."""
+"""Write files and folders under a temporary name and rename them when complete."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..errors import UsageError, WorkError
 if TYPE_CHECKING:
     import torch
 
-#: what a folder that may be replaced holds, and a key in it: a checkpoint, an adapter, statistics, a run
+#: a file of each folder that may be replaced, and a key in it: checkpoint, adapter, statistics, run
 _HEADS = {"config.json": "model_type", "adapter_config.json": "peft_type", "statistics.json": "criterion", "run.json": "done"}
 
 
@@ -29,7 +29,7 @@ def refuse_existing(
     file: bool = False,
     hint: str = "choose another output or pass --overwrite",
 ) -> Path:
-    """Return `path`, where a folder may be written, or a `file`.
+    """Return `path` if a folder, or with `file` a file, may be written there.
 
     Raises:
         UsageError: it exists (an empty folder counts as absent) and `overwrite` is false; it is of another kind than what
@@ -62,12 +62,12 @@ def refuse_existing(
 
 
 def is_occupied(path: Path) -> bool:
-    """Whether there is anything at `path`; an empty folder counts as absent."""
+    """Return whether `path` exists; an empty folder counts as absent."""
     return path.exists() and not (path.is_dir() and not any(path.iterdir()))
 
 
 def _head(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where the file holds none."""
+    """Read a JSON object; empty if the file holds none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -76,23 +76,23 @@ def _head(path: Path) -> dict[str, Any]:
 
 
 def refuse_overwriting_inputs(target: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
-    """Raise [`UsageError`] where one of `inputs`, files or folders that will be read, is `target` or lies in it."""
+    """Raise [`UsageError`] if one of `inputs`, files or folders that will be read, is `target` or inside it."""
     replaced = Path(target).resolve()
     for path in inputs:
         if Path(path).exists() and (found := Path(path).resolve()).is_relative_to(replaced):
-            where = "" if found == replaced else f" lies in {target} and"
+            where = "" if found == replaced else f" is inside {target} and"
             raise UsageError(f"{path}{where} would be replaced by the output: choose another output")
 
 
 @contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Let no other call work in `folder`, which need not be there, until the block ends or the process does.
+    """Hold the only lock on `folder`, which need not exist, until the block or the process ends.
 
-    A file beside it is locked, so that the folder itself may go and come back meanwhile.
+    The lock is on a file beside it, so that the folder itself may be replaced meanwhile.
 
     Raises:
-        UsageError: another call works there.
-        WorkError: nothing can be written beside it.
+        UsageError: another process holds the lock.
+        WorkError: the lock file cannot be written.
     """
     path = folder.with_name(f".{folder.name.removeprefix('.')}.lock")
     taken = FileLock(path)
@@ -138,7 +138,7 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterato
 
 
 def replace_folder(folder: Path, target: Path) -> None:
-    """Give `folder` the name `target` on the same disk; what was there goes, or comes back on an error."""
+    """Rename `folder` to `target` on the same disk; an old `target` is removed, or restored on an error."""
     old = target.with_name(f".{target.name}.replaced")
     if old.exists() and not target.exists():
         # a process was killed between the two renames below
@@ -181,7 +181,7 @@ def write_json(path: str | os.PathLike[str], data: Any) -> None:
 
 
 def check_disk_space(folder: Path, size: int, what: str) -> None:
-    """Raise [`UsageError`] unless `folder`, with what it holds already, has room on its disk for `size` bytes of `what`."""
+    """Raise [`UsageError`] unless the disk has room for `size` bytes of `what` in `folder`, less what it already holds."""
     there = size_on_disk(folder)
     place = next(path for path in folder.absolute().parents if path.exists())
     missing, free = size - there, shutil.disk_usage(place).free
@@ -193,17 +193,17 @@ def check_disk_space(folder: Path, size: int, what: str) -> None:
 
 
 def filesystem_of(path: Path) -> int:
-    """Which disk `path`, which need not be there, is on or would be."""
+    """Return the id of the filesystem that `path`, which need not exist, is or would be on."""
     return next(place for place in path.absolute().parents if place.exists()).stat().st_dev
 
 
 def size_on_disk(folder: Path) -> int:
-    """Bytes that the files below `folder` take; 0 where it is not there."""
+    """Return the bytes that the files below `folder` take; 0 if it does not exist."""
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file; [`WorkError`], naming `path`, where it cannot be written, on a full disk for one."""
+    """Write a safetensors file; raises [`WorkError`], naming `path`, if that fails, such as on a full disk."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

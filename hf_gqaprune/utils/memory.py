@@ -1,4 +1,4 @@
-"""TODO."""
+"""Measure and release memory, and parse its sizes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SIZE_UNITS = {
 
 
 def host_memory() -> tuple[int, int]:
-    """Bytes of memory that this process could have, a container's limit counted, and that are not taken."""
+    """Return the total and the available memory of this process in bytes, within the limit of a container."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -31,21 +31,21 @@ def host_memory() -> tuple[int, int]:
 
 
 def trim_heap() -> None:
-    """Give back to the system what was freed among what is in use; the C library, glibc for one, keeps it otherwise."""
+    """Return freed heap memory to the system, which the C library would keep."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def empty_gpu_cache() -> None:
-    """Give back what is no longer used of a GPU's memory, so that another process finds it."""
+    """Release unused GPU memory for other processes."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `6GiB`, `8GB` or `512MiB`; [`UsageError`] for what is no such size."""
+    """Convert `6GiB`, `8GB` or `512MiB` to bytes; raises [`UsageError`] for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b)", text.strip(), re.IGNORECASE)
     size = float(match[1]) * _SIZE_UNITS.get(match[2].upper(), 0) if match else 0
     if size < 1:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Read, copy and write in a background thread while the device computes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ T = TypeVar("T")
 
 
 class BackgroundWorker:
-    """A thread that works for the one that computes on a device, with a stream of its own there; a context manager.
+    """A thread with a CUDA stream of its own; a context manager.
 
-    What fails is raised where its result is asked for, and nothing that was given after it is done.
+    An error is raised where the result is awaited, and later tasks are not run.
     """
 
     def __init__(self, device: torch.device, ahead: int = 1) -> None:
-        """`ahead`: what `later` was given and may still be undone."""
+        """`ahead`: number of tasks of `later` that may be pending."""
         self._ahead, self._pending = ahead, deque[Future[Any]]()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._device, self._thread = device, ThreadPoolExecutor(1)
@@ -34,27 +34,27 @@ class BackgroundWorker:
         self.close()
 
     def close(self) -> None:
-        """Wait until all that was submitted is done; nothing may be given after it."""
+        """Wait for all tasks; none may be submitted afterwards."""
         self._thread.shutdown()
 
     def submit(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
-        """Let the thread do `work` after what it was given before, once the device has computed its `arguments`."""
+        """Run `work` after the earlier tasks, once the device has computed its `arguments`."""
         ready = None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
         return self._thread.submit(self._do, ready, work, arguments)
 
     def later(self, work: Callable[..., object], *arguments: Any) -> None:
-        """`submit` where no result is asked for; raises what failed before, as `wait` does."""
+        """Submit a task without a result; raises the error of an earlier one, as `wait` does."""
         while len(self._pending) >= self._ahead:
             self._pending.popleft().result()
         self._pending.append(self.submit(work, *arguments))
 
     def wait(self) -> None:
-        """Until all that `later` was given is done."""
+        """Wait for the tasks of `later`."""
         while self._pending:
             self._pending.popleft().result()
 
     def take_over(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Keep memory of `tensors` that the thread made from others until what is computed with it now is done."""
+        """Protect the memory of `tensors` made by the thread until the current stream has finished with them."""
         if self._stream is not None:
             for tensor in tensors:
                 tensor.record_stream(torch.cuda.current_stream(self._device))
@@ -79,22 +79,22 @@ class BackgroundWorker:
 
 
 class Prefetcher(Generic[T]):
-    """What is read piece by piece, by numbers; for a GPU a thread reads the next piece while one is used."""
+    """Reader of numbered pieces; for a GPU a thread reads the next piece while one is used."""
 
     def __init__(self, device: torch.device, read: Callable[[int], T], tensors: Callable[[T], Iterable[torch.Tensor]]) -> None:
-        """Nothing is read yet.
+        """Prepare without reading.
 
         Args:
             device: where pieces are used.
             read: reads one, onto the device.
-            tensors: all that a piece holds.
+            tensors: returns all tensors of a piece.
         """
         self._read, self._tensors = read, tensors
         self._reader = None if device == CPU else BackgroundWorker(device)
         self._coming: dict[int, Future[T]] = {}
 
     def take(self, number: int, following: int | None) -> T:
-        """The piece `number`; `following` is the one that is asked for next, None after the last."""
+        """Return the piece `number` and prefetch `following`, None after the last."""
         if self._reader is None:
             return self._read(number)
         coming = self._coming.pop(number, None)
@@ -104,21 +104,21 @@ class Prefetcher(Generic[T]):
         return piece
 
     def close(self) -> None:
-        """Nothing more is asked for: wait for the thread."""
+        """Wait for the thread and stop it."""
         self._coming.clear()
         if self._reader is not None:
             self._reader.close()
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in the host's memory, or the tensor if it is there; of a GPU's in pages that are kept for the next one."""
+    """Return the tensor in host memory, copied through pinned pages from a GPU."""
     if tensor.device.type != "cuda":
         return tensor.cpu()
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on a device, or the tensor if it is there; to a GPU through kept pages, without waiting."""
+    """Return the tensor on a device, copied asynchronously through pinned pages to a GPU."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)

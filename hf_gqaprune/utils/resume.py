@@ -1,4 +1,4 @@
-"""What an interrupted call leaves, and whether the next one may go on with it."""
+"""Keep the progress of an interrupted call, and decide whether the next one may resume it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..errors import UsageError, WorkError
 from .files import exclusive_lock
 
 PROGRESS = "progress.json"
-#: in a working folder: what is put together last and then takes the output's name
+#: in a working folder: where the output is assembled before it is renamed
 ASSEMBLY = "whole"
 VERSION = 1
 
 
 def working_folder(target: Path) -> Path:
-    """Where the parts of `target` lie until it is whole."""
+    """Return the folder for the parts of an unfinished `target`."""
     return target.parent / f".{target.name}.unfinished"
 
 
@@ -29,14 +29,14 @@ def working_folder(target: Path) -> Path:
 def resume_or_start(
     working: Path, resume: bool, overwrite: bool, inputs: dict[str, str], notes: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
-    """Let no other call work in `working` until the block ends, and yield what an interrupted one noted there.
+    """Lock `working` until the block ends, and yield the progress that an interrupted call saved there.
 
-    That is `version`, `inputs` and a dictionary for each of `notes`, empty without such a call; the block writes it as
-    `PROGRESS` once it has something to keep. Without that the folder goes when the block fails.
+    That is `version`, `inputs` and a dictionary for each of `notes`, empty without such a call. The block saves it as
+    `PROGRESS` once there is something to keep; without that file, a failing block removes the folder.
 
     Raises:
-        UsageError: there was one, and this call is not told to go on with it or was given other `inputs`; or it is at work.
-        WorkError: the folder cannot be made.
+        UsageError: an interrupted call is not to be resumed or had other `inputs`; or another process is at work.
+        WorkError: the folder cannot be created.
     """
     with exclusive_lock(working):
         _refuse(working, resume, overwrite)
@@ -57,7 +57,7 @@ def resume_or_start(
 
 @contextmanager
 def resumable(working: Path) -> Iterator[None]:
-    """Say of what fails in the block, as [`WorkError`], that what was finished is in `working`."""
+    """Add to errors of the block, raised as [`WorkError`], that finished parts are in `working` for --resume."""
     try:
         yield
     except (OSError, WorkError) as error:
@@ -66,16 +66,16 @@ def resumable(working: Path) -> Iterator[None]:
 
 
 def _noted(working: Path, inputs: dict[str, str], notes: Sequence[str]) -> dict[str, Any]:
-    """What `resume_or_start` yields."""
+    """Read the saved progress, or start with an empty one."""
     path = working / PROGRESS
     if not path.exists():
         return {"version": VERSION, "inputs": inputs, **{name: {} for name in notes}}
     try:
         noted: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        made_from = noted["inputs"] if noted["version"] == VERSION else {}
+        inputs_before = noted["inputs"] if noted["version"] == VERSION else {}
         for name in notes:
             noted[name].items()
-        differing = [name for name, value in inputs.items() if made_from.get(name) != value]
+        differing = [name for name, value in inputs.items() if inputs_before.get(name) != value]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is not readable, so nothing can be resumed: delete {working}") from error
     if differing:
@@ -84,7 +84,7 @@ def _noted(working: Path, inputs: dict[str, str], notes: Sequence[str]) -> dict[
 
 
 def assembly_folder(working: Path) -> Path:
-    """An empty folder in `working` to put the output together in; files that an interrupted call had moved there are back."""
+    """Create an empty folder in `working` for the output; files that an interrupted call had moved there are moved back."""
     whole = working / ASSEMBLY
     if whole.is_dir():
         for path in whole.glob("*.safetensors"):
@@ -95,7 +95,7 @@ def assembly_folder(working: Path) -> Path:
 
 
 def remove_working_folder(working: Path) -> None:
-    """Remove a working folder, if it is there; under another name, so that half of it is never gone on with."""
+    """Remove a working folder, if it exists; renamed first, so that a half-removed one is never resumed."""
     going = working.with_name(f"{working.name}.dropped")
     shutil.rmtree(going, ignore_errors=True)
     if working.exists():
@@ -104,7 +104,7 @@ def remove_working_folder(working: Path) -> None:
 
 
 def refuse_unfinished(working: Path, resume: bool, overwrite: bool) -> None:
-    """Raise [`UsageError`] where a call works in `working`, or left it and this one neither goes on with it nor drops it."""
+    """Raise [`UsageError`] if `working` is in use, or was left by a call that is neither resumed nor overwritten."""
     if working.exists():
         with exclusive_lock(working):
             _refuse(working, resume, overwrite)
@@ -116,5 +116,5 @@ def _refuse(working: Path, resume: bool, overwrite: bool) -> None:
 
 
 def sha256(value: Any) -> str:
-    """Of what `repr` makes of it, hex."""
+    """Hash the `repr` of a value: hex."""
     return hashlib.sha256(repr(value).encode()).hexdigest()

@@ -84,6 +84,6 @@ def test_what_exists_stays_and_what_fails_leaves_nothing(tmp_path):
         gp.export(tmp_path / "model", tmp_path / "model", to="llama", overwrite=True)
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(gp.UsageError, match="cut off, or its header lies|corrupt"):
+    with pytest.raises(gp.UsageError, match="truncated|corrupt"):
         gp.export(tmp_path / "model", tmp_path / "plain", to="llama")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "model"]

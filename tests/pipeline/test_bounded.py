@@ -254,8 +254,8 @@ def lose_a_tensor(folder: Path) -> None:
     ("damage", "message"),
     [
         (lose_a_tensor, "config.json asks for model.layers.1.mlp.up_proj.weight, which no shard holds"),
-        (cut_off, "is cut off, or its header lies: "),
-        (lie, ".safetensors lies: "),
+        (cut_off, "is truncated, or its safetensors header corrupt: "),
+        (lie, ".safetensors: "),
         (lose_a_shard, "names model-00002-of-"),
         (pickle, "holds pickles (pytorch_model.bin), which are not read: convert them with python -c "),
     ],
@@ -279,7 +279,7 @@ def test_a_checkpoint_that_is_not_whole(
     ("damage", "message"),
     [
         (lose_a_tensor, "config.json asks for model.layers.1.mlp.up_proj.weight, which is not there"),
-        (cut_off, "is cut off, or its header lies: "),
+        (cut_off, "is truncated, or its safetensors header corrupt: "),
     ],
 )
 def test_a_checkpoint_that_is_not_whole_is_not_measured(

@@ -376,8 +376,8 @@ def lose_the_config(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (cut_off, "is cut off, or its header lies: "),
-        (lie, "model-00002-of-00004.safetensors lies: "),
+        (cut_off, "is truncated, or its safetensors header corrupt: "),
+        (lie, "model-00002-of-00004.safetensors: "),
         (lose_a_shard, "names model-00002-of-00004.safetensors, which is not there"),
         (lose_a_tensor, "config.json asks for model.layers.1.mlp.up_proj.weight, which no shard holds"),
         (unlist_a_tensor, "does not list model.layers.1.mlp.up_proj.weight, which is in model-0000"),

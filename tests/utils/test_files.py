@@ -70,12 +70,12 @@ def test_a_run_keeps_what_its_recipe_reads(
     place: Path, capsys: pytest.CaptureFixture[str], flag: str, override: str, lost: str
 ) -> None:
     told = refused(capsys, place, ["run", "recipe.yaml", flag, "--set", override])
-    assert f"{lost} lies in out and would be replaced" in told
+    assert f"{lost} is inside out and would be replaced" in told
 
 
 def test_a_run_keeps_the_recipe_itself(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = refused(capsys, place, ["run", "out/mine.yaml", "--overwrite"])
-    assert "out/mine.yaml lies in out and would be replaced" in told
+    assert "out/mine.yaml is inside out and would be replaced" in told
     # nothing of it goes where a run is resumed
     assert main(["run", "out/mine.yaml", "--resume"]) == 0
     assert (place / "out" / "mine.yaml").exists() and (place / "out" / "pruned").is_dir()
@@ -94,9 +94,9 @@ def test_weights_that_cannot_be_pruned_cost_nothing(
     [
         (["model", "-o", "model"], "model would be replaced by the output"),
         (["model", "-o", "."], "is a mounted disk or holds the current folder"),
-        (["out/model", "-o", "out"], "out/model lies in out and would be replaced"),
-        (["out/model", "-o", "out", "--memory", "2GiB"], "out/model lies in out and would be replaced"),
-        (["model", "-o", "out", "--calibration", "out/text.txt"], "out/text.txt lies in out and would be replaced"),
+        (["out/model", "-o", "out"], "out/model is inside out and would be replaced"),
+        (["out/model", "-o", "out", "--memory", "2GiB"], "out/model is inside out and would be replaced"),
+        (["model", "-o", "out", "--calibration", "out/text.txt"], "out/text.txt is inside out and would be replaced"),
     ],
 )
 def test_a_pruning_keeps_what_it_reads(
@@ -114,7 +114,7 @@ def test_saved_plans_and_statistics_stay(place: Path, capsys: pytest.CaptureFixt
         (["--plan", "out/plan.json", "--compensation", "none"], "out/plan.json"),
         (["--backbone-ratio", "0.3", "--statistics", "out/statistics"], "out/statistics"),
     ):
-        assert f"{lost} lies in out" in refused(capsys, place, ["prune", "model", *flags, "-o", "out", "--overwrite"])
+        assert f"{lost} is inside out" in refused(capsys, place, ["prune", "model", *flags, "-o", "out", "--overwrite"])
 
 
 def test_only_what_is_made_here_is_replaced(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,11 +170,11 @@ def test_a_plan_is_one_file(place: Path, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("flags", "lost"),
     [
-        (["out/model", "--data", "text.txt"], "out/model lies in out"),
-        (["model", "--data", "out/text.txt=2"], "out/text.txt lies in out"),
-        (["model", "--data", "text.txt", "--teacher", "out/model"], "out/model lies in out"),
-        (["model", "--data", "text.txt", "--evaluation", "out/text.txt"], "out/text.txt lies in out"),
-        (["out.training/model", "--data", "text.txt"], "out.training/model lies in out.training"),
+        (["out/model", "--data", "text.txt"], "out/model is inside out"),
+        (["model", "--data", "out/text.txt=2"], "out/text.txt is inside out"),
+        (["model", "--data", "text.txt", "--teacher", "out/model"], "out/model is inside out"),
+        (["model", "--data", "text.txt", "--evaluation", "out/text.txt"], "out/text.txt is inside out"),
+        (["out.training/model", "--data", "text.txt"], "out.training/model is inside out.training"),
     ],
 )
 def test_a_recovery_keeps_what_it_reads(
@@ -192,7 +192,7 @@ def test_a_merge_keeps_adapter_and_base(place: Path, capsys: pytest.CaptureFixtu
     get_peft_model(llama, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(adapter)
     identity.write_identity(adapter, base_fingerprint=identity.fingerprint("model"))
     line = ["merge", "out/adapter", "--overwrite", "--base"]
-    assert "out/adapter lies in out and would" in refused(capsys, place, [*line, "model", "-o", "out"])
+    assert "out/adapter is inside out and would" in refused(capsys, place, [*line, "model", "-o", "out"])
     assert "out/model would be replaced by the output" in refused(capsys, place, [*line, "out/model", "-o", "out/model"])
     # beside the adapter's folder there is room
     assert main([*line, "model", "-o", "merged"]) == 0
