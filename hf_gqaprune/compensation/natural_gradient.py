@@ -340,7 +340,7 @@ class _Descent:
 def _log_probs(pruned: Any, ids: torch.Tensor, *, fast: bool = False) -> torch.Tensor:
     """Return float32 log-probabilities `(windows, seq_len, vocabulary)`; `fast` multiplies in bfloat16 on a GPU."""
     with torch.autocast("cuda", torch.bfloat16, enabled=fast and ids.is_cuda):
-        logits = pruned(input_ids=ids, use_cache=False).logits
+        logits: torch.Tensor = pruned(input_ids=ids, use_cache=False).logits
     return logits.to(ids.device).float().log_softmax(-1)
 
 
