@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from .. import utils
 from ..configuration import (
     CalibrationConfig,
     CardConfig,
@@ -24,7 +25,6 @@ from ..configuration import (
     read_source,
 )
 from ..errors import UsageError
-from ..utils import refuse_existing, refuse_overwriting_inputs, write_text
 from .arguments import HOW
 from .flags import flag_of, given
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     """Run everything a recipe says."""
     recipe = Recipe.load(args.recipe, args.set)
     if not args.resume and args.recipe not in builtin_names():
-        refuse_overwriting_inputs(recipe.output, [args.recipe])
+        utils.refuse_overwriting_inputs(recipe.output, [args.recipe])
     from ..pipeline import run as run_recipe
 
     notify = functools.partial(print, flush=True)
@@ -166,7 +166,7 @@ def recipes(args: argparse.Namespace) -> None:
     elif args.action == "show":
         sys.stdout.write(read_source(args.name))
     else:
-        write_text(refuse_existing(args.file, args.overwrite, file=True), read_source(args.name))
+        utils.write_text(utils.refuse_existing(args.file, args.overwrite, file=True), read_source(args.name))
         print(f"written to {args.file}")
 
 
@@ -194,7 +194,7 @@ def _prune_request(args: argparse.Namespace) -> PruneRequest:
         if "save_statistics" in request:
             raise UsageError("saved statistics need no calibration pass: leave --save-statistics out")
     if save := request.get("save_statistics"):
-        refuse_existing(save, False, hint="give --save-statistics another name")
+        utils.refuse_existing(save, False, hint="give --save-statistics another name")
     return PruneRequest(
         args.model,
         PruningConfig(**pruning),
