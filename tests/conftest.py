@@ -21,6 +21,8 @@ os.environ.update(
     NO_PROXY="127.0.0.1,localhost",
     no_proxy="127.0.0.1,localhost",
     TOKENIZERS_PARALLELISM="false",
+    # the models are too small for more, also in the processes that are started
+    OMP_NUM_THREADS="1",
     # bits are compared, and a GPU rounds in an order of its own
     CUDA_VISIBLE_DEVICES="",
 )
