@@ -77,16 +77,14 @@ def _other(folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "teacher"
 
 
-@pytest.mark.parametrize(("flags", "options", "threads"), [([], {}, None), (["--num_processes", "2"], {}, 2), ([], {"threads": 1}, 1)])
+@pytest.mark.parametrize(("processes", "threads"), [(1, None), (2, None), (1, 1)])
 def test_the_processes_share_all_cores(
-    folder: Path, text: str, tmp_path: Path, flags: list[str], options: dict[str, int], threads: int | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """`threads`: as given, or the number of processes that divide the cores."""
+    folder: Path, text: str, tmp_path: Path, processes: int, threads: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    out = launch(folder, [text], tmp_path / "out", accelerate=flags, **{**SETTINGS, "max_tokens": 512}, **options)
-    cores = len(os.sched_getaffinity(0))
-    expected = options.get("threads") or max(1, cores // (threads or 1))
+    settings, flags = {**SETTINGS, "max_tokens": 512, "threads": threads}, ["--num_processes", str(processes)]
+    out = launch(folder, [text], tmp_path / "out", accelerate=flags, **settings)
+    expected = threads or max(1, len(os.sched_getaffinity(0)) // processes)
     assert json.loads((out / "training_log.json").read_text())["threads"] == expected
 
 
