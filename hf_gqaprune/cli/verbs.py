@@ -96,17 +96,17 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UsageError("--overwrite is for the report: add --report, or leave it out")
     from ..checkpoint import resolve_model
     from ..data import load_text
-    from ..evaluation import REPORT, compared, measure, task_manager, write_report
+    from ..evaluation import REPORT, evaluate_checkpoints, report_stages, task_manager, write_report
     from ..utils import select_device
 
     select_device(config.device)
     texts = tuple(load_text(name, split="test") for name in config.data)
     models = {name: resolve_model(name) for name in args.models}
-    stages = compared(models, texts, args.overwrite) if args.report else {}
+    stages = report_stages(models, texts, args.overwrite) if args.report else {}
     if config.tasks:
         task_manager(config.tasks, config.include_path)
     results = {}
-    for name, result in measure(models, texts, config, "--device cpu uses no GPU"):
+    for name, result in evaluate_checkpoints(models, texts, config, "--device cpu uses no GPU"):
         results[name] = result
         if not args.json:
             lines = [str(perplexity) for perplexity in result.perplexity]

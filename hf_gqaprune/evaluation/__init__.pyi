@@ -1,9 +1,9 @@
 from .compare import PLOT as PLOT
 from .compare import REPORT as REPORT
-from .compare import compared as compared
-from .compare import measure as measure
-from .compare import refuse_same_names as refuse_same_names
-from .compare import refuse_seen as refuse_seen
+from .compare import check_unique_names as check_unique_names
+from .compare import check_unseen as check_unseen
+from .compare import evaluate_checkpoints as evaluate_checkpoints
+from .compare import report_stages as report_stages
 from .compare import write_report as write_report
 from .metric import Perplexity as Perplexity
 from .perplexity import PerplexityResult as PerplexityResult

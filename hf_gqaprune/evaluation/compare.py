@@ -33,7 +33,7 @@ class CheckpointResult:
     tasks: dict[str, dict[str, float]] | None
 
 
-def measure(
+def evaluate_checkpoints(
     models: Mapping[str, ModelFolder], texts: Sequence[Text], config: EvaluationConfig, hint: str
 ) -> Iterator[tuple[str, CheckpointResult]]:
     """Evaluate checkpoints one after the other and yield each name with its result.
@@ -91,19 +91,19 @@ def _check_tokens(models: Mapping[str, ModelFolder], texts: Iterable[Text]) -> N
                 )
 
 
-def refuse_same_names(texts: Iterable[Text]) -> None:
+def check_unique_names(texts: Iterable[Text]) -> None:
     """Raise [`UsageError`] if two texts have the same name, by which a report identifies them."""
     for name, times in Counter(text.name for text in texts).items():
         if times > 1:
             raise UsageError(f"two evaluation texts are called {name!r}, and a report needs distinct names: rename a file")
 
 
-def refuse_seen(texts: Iterable[Text], used: Iterable[Mapping[str, Any]]) -> None:
+def check_unseen(texts: Iterable[Text], used: Iterable[Mapping[str, Any]]) -> None:
     """Raise [`UsageError`] if one of `texts` was `used` for calibration or training."""
     refuse_overlap(used, [{"name": text.name, "split": text.split, "sha256": text.sha256} for text in texts])
 
 
-def compared(models: Mapping[str, ModelFolder], texts: Iterable[Text], overwrite: bool) -> dict[str, ModelFolder]:
+def report_stages(models: Mapping[str, ModelFolder], texts: Iterable[Text], overwrite: bool) -> dict[str, ModelFolder]:
     """Check that a report can compare `models` and return them by stage.
 
     Args:
@@ -137,8 +137,8 @@ def compared(models: Mapping[str, ModelFolder], texts: Iterable[Text], overwrite
     for file in (REPORT, PLOT):
         refuse_existing(last / file, overwrite, file=True)
     texts = list(texts)
-    refuse_same_names(texts)
-    refuse_seen(texts, texts_used(last))
+    check_unique_names(texts)
+    check_unseen(texts, texts_used(last))
     stages = ["dense", "pruned", "recovered"] if len(paths) == 3 else ["dense", "recovered" if trained[1] else "pruned"]
     return dict(zip(stages, models.values(), strict=True))
 

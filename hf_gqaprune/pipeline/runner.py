@@ -26,9 +26,9 @@ from ..evaluation import (
     PLOT,
     REPORT,
     Report,
-    measure,
-    refuse_same_names,
-    refuse_seen,
+    check_unique_names,
+    check_unseen,
+    evaluate_checkpoints,
     task_manager,
     window,
     write_report,
@@ -217,8 +217,8 @@ def _check_evaluation(recipe: Recipe, prepared: Prepared) -> tuple[Text, ...]:
     evaluate = recipe.evaluate
     window(prepared.source.config, evaluate.seq_len, evaluate.stride)
     texts = tuple(load_text(name, split="test") for name in evaluate.data)
-    refuse_same_names(texts)
-    refuse_seen(texts, [*texts_used(prepared.source.path), *calibrated_on(prepared)])
+    check_unique_names(texts)
+    check_unseen(texts, [*texts_used(prepared.source.path), *calibrated_on(prepared)])
     if evaluate.tasks:
         task_manager(evaluate.tasks, evaluate.include_path)
     return texts
@@ -268,7 +268,8 @@ def _report(recipe: Recipe, folder: Path, prepared: Prepared, final: str, texts:
     if final == RECOVERED:
         stages["recovered"] = resolve_model(folder / RECOVERED)
     device = recipe.evaluate.device or recipe.prune.device
-    results = [result for _, result in measure(stages, texts, replace(recipe.evaluate, device=device), _REPORT_HINT)]
+    config = replace(recipe.evaluate, device=device)
+    results = [result for _, result in evaluate_checkpoints(stages, texts, config, _REPORT_HINT)]
     write_report(recipe.without_paths().model, stages, results, folder)
 
 
