@@ -120,7 +120,8 @@ def test_a_run_on_a_checkpoint_knows_what_made_it(place: Path, capsys: pytest.Ca
 def test_step_by_step_makes_the_report_of_a_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "recipe.yaml", "--set", f"recover={{data: [trained.txt], {TRAINING}}}"]) == 0
     prune("pruned", "--compensation", "least_squares")
-    settings = [word for s in TRAINING.split(", ") for word in ("--set", s.replace(": ", "="))]
+    pairs = (setting.split(": ") for setting in TRAINING.split(", "))
+    settings = [word for key, value in pairs for word in (f"--{key.replace('_', '-')}", value)]
     assert main(["recover", "pruned", "--data", "trained.txt", *settings, "-o", "recovered"]) == 0
     capsys.readouterr()
     line = ["eval", "model", "pruned", "recovered", "--data", "test.txt", "--seq-len", "32", "--report"]
@@ -164,6 +165,7 @@ def test_reports_that_make_no_sense(place: Path, capsys: pytest.CaptureFixture[s
         told = refused(capsys, "eval", "model", "one", "--data", text, "--max-chars", "900", "--report")
         assert f"but {what} is the same text and was calibrated or trained on" in told
     prune("three", "--criterion", "magnitude")
+    capsys.readouterr()
     assert "give the recovered checkpoint last" in refused(capsys, "eval", "model", "one", "three", *end)
     Path("twin").mkdir()
     Path("twin/test.txt").write_text("another")
@@ -189,7 +191,8 @@ def test_a_checkpoint_that_tells_little_is_reported_all_the_same(
 
 def test_the_card_of_a_recovery_needs_no_report(place: Path) -> None:
     prune("pruned")
-    settings = [word for s in TRAINING.split(", ") for word in ("--set", s.replace(": ", "="))]
+    pairs = (setting.split(": ") for setting in TRAINING.split(", "))
+    settings = [word for key, value in pairs for word in (f"--{key.replace('_', '-')}", value)]
     assert main(["recover", "pruned", "--data", "trained.txt", *settings, "-o", "recovered"]) == 0
     assert main(["card", "recovered", "--base-model", "model", "--license", "mit", "--name", "acme/small"]) == 0
     card = Path("recovered/README.md").read_text()
@@ -258,7 +261,7 @@ def test_a_run_out_of_memory_names_what_a_recipe_can_change(
         patched.setattr(measuring, "evaluate_perplexity", full)
         assert main(["run", "recipe.yaml", "--resume"]) == 1
         told = capsys.readouterr().err
-        assert "is full (CUDA out of memory): what was made is kept for --resume" in told and "--device" not in told
+        assert "is full (CUDA out of memory): finished stages are kept for --resume" in told and "--device" not in told
     assert main(["run", "recipe.yaml", "--resume"]) == 0
     assert stages_of(capsys.readouterr().out) == {"pruned": "kept", "report.json": "working"}
     assert evaluation.evaluate_perplexity is measuring.evaluate_perplexity

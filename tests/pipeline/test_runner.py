@@ -216,7 +216,7 @@ def test_a_finished_run_stays_until_the_new_one_is_complete(capsys, tmp_path, re
         ("recover={{data: [{short}]}}", "fewer than one window"),
         ("recover={{data: [{train}], preset: defalt}}", "'default'"),
         ("recover={{data: [{train}], seq_len: 32, rank: 0}}", "rank=0 must be a whole number from 1"),
-        ("recover={{data: [{test}], seq_len: 32}}", "evaluation"),
+        ("recover={{data: [{test}], seq_len: 32}}", "will be evaluated on"),
     ],
 )
 def test_what_could_not_end_does_not_start(capsys, tmp_path, recipe, override, said):
