@@ -201,7 +201,7 @@ def test_the_card_of_a_recovery_needs_no_report(place: Path) -> None:
     assert f"Recovery trained {log['trainable']:,} parameters on {log['tokens']:,} tokens, merged" in card
     assert f"\n- trained (split file, sha256 {load_text('trained.txt', split='train').sha256}, rows " in card
     assert f"\n- read (split file, sha256 {load_text('read.txt', split='train').sha256}, windows 8)" in card
-    first, last = (log["held_out"][at]["perplexity"] for at in (0, -1))
+    first, last = log["held_out"][0]["perplexity"], log["kept"]["perplexity"]
     assert f"perplexity was {first:,.2f} before the training and {last:,.2f} after it" in card
     assert "compensation `natural_gradient`" in card and str(place) not in card
     assert main(["push", "recovered", "acme/small", "--dry-run"]) == 0
