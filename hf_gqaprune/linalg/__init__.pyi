@@ -1,4 +1,5 @@
 from .obs import remove_within as remove_within
+from .symmetric import MOST_ROWS as MOST_ROWS
 from .symmetric import add_gram_ as add_gram_
 from .symmetric import cholesky_ as cholesky_
 from .symmetric import exact_products as exact_products

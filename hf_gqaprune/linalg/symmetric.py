@@ -18,6 +18,8 @@ _HALVES = (torch.bfloat16, torch.float16)
 _BLOCK, _GPU_BLOCK = 512, 2048
 #: rows of a second moment multiplied at once
 _STRIP, _GPU_STRIP = 512, 1024
+#: most rows that any of these takes at once, for estimates of memory
+MOST_ROWS = max(_BLOCK, _GPU_BLOCK, _STRIP, _GPU_STRIP)
 
 
 def cholesky_(matrix: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from ..data import LOGITS_PER_BATCH, TOKENS_PER_BATCH
 from ..errors import UsageError
+from ..linalg import MOST_ROWS
 from ..models import LOGITS_AT_ONCE, LayerShape, ModelShape
 from ..statistics import Criterion, half_size
 from ..utils import parse_size
@@ -111,7 +112,7 @@ class Workload:
             passing += self.batch * ((attention + ffn) * self.itemsize + 4 * wide)
         scoring = 2 * 2 * wide**2 + 4 * self._largest(layer)  # the triangle, and the file that is made of it
         if rule.output_gradients:
-            strip = 8 * wide * min(wide, 2048)
+            strip = 8 * wide * min(wide, MOST_ROWS)
             # the inverse, A, W; for KV groups both matrices gathered, then cut
             scoring = max(scoring, 8 * (2 * ffn**2 + ffn * d) + 2 * strip, 8 * (9 * attention**2 + attention * d))
         if rule.weight_gradients:
@@ -127,10 +128,10 @@ class Workload:
         if not self.windows:
             return self._weights(layer) + alone
         sums = 2 * 8 * (wide**2 + wide * d)
-        adding = 12 * 2048 * wide + 4 * self.batch * (wide + 2 * d) + self._activations(layer) // 3
+        adding = 12 * MOST_ROWS * wide + 4 * self.batch * (wide + 2 * d) + self._activations(layer) // 3
         # sums and solutions as wide as the model, and the weights times one
         inputs = 8 * 9 * d**2 + 8 * 2 * wide * d
-        return 2 * self._weights(layer) + max(alone, inputs, sums + max(adding, 8 * 2 * wide * d + 8 * 2048 * wide))
+        return 2 * self._weights(layer) + max(alone, inputs, sums + max(adding, 8 * 2 * wide * d + 8 * MOST_ROWS * wide))
 
 
 def check_memory_bound(work: Workload, memory: str) -> int:
