@@ -137,6 +137,7 @@ def _render(folder: Path, base_model: str | os.PathLike[str], stated: dict[str, 
         seed=report.get("seed", known.get("seed")),
         compensation=known.get("compensation"),
         ridges=_ridges(known),
+        passes=_passes(known),
         settings=_settings(recipe_path) if recipe else [],
         recipe=recipe.strip(),
         identity=[("plan", plan["hash"]), *_fingerprints(known)],
@@ -322,6 +323,18 @@ def _training_data(recipe_path: Path, log: Mapping[str, Any] | None) -> list[str
     sources = recover.data if recover else [source["name"] for source in (log or {}).get("data", [])]
     known = (_DATASETS.get(source, (source, None))[0] for source in sources)
     return [name.partition(":")[0] for name in known if is_hub_id(name.partition(":")[0])]
+
+
+def _passes(known: Mapping[str, Any]) -> str:
+    """Say what the natural-gradient passes did: their number and the held-out divergence; empty without any."""
+    passes = known.get("passes", ())
+    kept = [each for each in passes if each["kept"]]
+    if not kept:
+        return f"none of {len(passes)} passes lowered the held-out divergence" if passes else ""
+    return (
+        f"{len(kept)} of {len(passes)} passes kept, KL(dense, pruned) on held-out windows {kept[0]['before']:.4f} -> "
+        f"{kept[-1]['after']:.4f} nats per token"
+    )
 
 
 def _ridges(known: Mapping[str, Any]) -> str:

@@ -311,3 +311,13 @@ def test_ridges_are_counted_in_a_line(tmp_path: Path) -> None:
     identity.write_identity(folder, ridges=ridges, compensation="least_squares")
     text = card(folder).content
     assert "relative to the mean diagonal: 0.001 (1 matrix), 0.01 (2 matrices)." in text
+
+
+def test_what_the_steps_did_is_a_line(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    steps = [(0.2, 0.15, True), (0.15, 0.16, False), (0.15, 0.12, True)]
+    passes = [{"length": 1.0, "before": before, "after": after, "kept": kept} for before, after, kept in steps]
+    identity.write_identity(folder, passes=passes, compensation="natural_gradient")
+    assert "2 of 3 passes kept, KL(dense, pruned) on held-out windows 0.2000 -> 0.1200 nats per token." in card(folder).content
+    identity.write_identity(folder, passes=passes[1:2], compensation="natural_gradient")
+    assert "none of 1 passes lowered the held-out divergence." in card(folder, overwrite=True).content
