@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .compensation import natural_gradient_steps, refit_columns, refit_on_pruned_prefix
+from .compensation import natural_gradient_steps, refit_columns, refit_on_pruned_prefix, ridge_record
 from .data import HELD_OUT_EVERY
 from .dependency_graph import UnitSlices, trace_units
 from .errors import UsageError, WorkError, unknown
@@ -100,7 +100,7 @@ def prune(
     pruned.compensation_record = {}
     if walked is not None:
         with eval_without_grad(model):
-            pruned.compensation_record = {"ridges": refit_on_pruned_prefix(model, pruned, walked)}
+            pruned.compensation_record = {"ridges": ridge_record(refit_on_pruned_prefix(model, pruned, walked))}
             if compensation == "natural_gradient":
                 passes = natural_gradient_steps(model, pruned, walked)
                 pruned.compensation_record["passes"] = [asdict(each) for each in passes]

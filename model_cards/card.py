@@ -339,7 +339,7 @@ def _passes(known: Mapping[str, Any]) -> str:
 
 def _ridges(known: Mapping[str, Any]) -> str:
     """Count the ridges that the refit chose: `0.001 (12 matrices), 0.1 (3 matrices)`; empty without a refit."""
-    counts = Counter(ridge for _, _, ridge in known.get("ridges", ()))
+    counts = Counter(known.get("ridges", {}).values())
     return ", ".join(f"{ridge:g} ({count} matri{'x' if count == 1 else 'ces'})" for ridge, count in sorted(counts.items()))
 
 

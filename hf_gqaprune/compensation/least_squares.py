@@ -105,6 +105,11 @@ class ChosenRidge(NamedTuple):
     ridge: float
 
 
+def ridge_record(ridges: Iterable[ChosenRidge]) -> dict[str, float]:
+    """Name each chosen ridge for `gqaprune.json`: `{"3.o_proj": 0.01}`."""
+    return {f"{each.layer}.{each.projection}": each.ridge for each in ridges}
+
+
 def refit_on_pruned_prefix(model: Any, pruned: Any, calibration: Calibration) -> list[ChosenRidge]:
     """Refit every linear of the decoder layers of `pruned` in place, so that it follows `model`.
 

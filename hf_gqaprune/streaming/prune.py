@@ -26,6 +26,7 @@ from ..checkpoint import (
     resolve_model,
     write_identity,
 )
+from ..compensation import ridge_record
 from ..dependency_graph import UnitSlices, trace_units
 from ..errors import UsageError
 from ..models import PLAN_FILE, PrunedLlamaForCausalLM, check_finite, expected_tensors, layer_prefix
@@ -144,7 +145,7 @@ def prune_checkpoint(
             steps = _steps(plan, checkpoint, writer)
             _stream(_Surgery(checkpoint, writer, plan, folder.dtype, steps, refit), working / PROGRESS, noted)
             writer.sync()
-        record = {"ridges": refit.ridges} if refit and walked is not None else {}
+        record = {"ridges": ridge_record(refit.ridges)} if refit and walked is not None else {}
         _write_around(pruned, folder.path, whole, checkpoint, writer, {**(known or {}), **record})
         for name in writer.files:
             os.rename(working / name, whole / name)

@@ -307,7 +307,7 @@ def test_a_report_that_does_not_belong_is_refused(tmp_path: Path) -> None:
 
 def test_ridges_are_counted_in_a_line(tmp_path: Path) -> None:
     folder = write(tmp_path)
-    ridges = [[0, "q_proj", 0.01], [0, "down_proj", 0.001], [1, "down_proj", 0.01]]
+    ridges = {"0.q_proj": 0.01, "0.down_proj": 0.001, "1.down_proj": 0.01}
     identity.write_identity(folder, ridges=ridges, compensation="least_squares")
     text = card(folder).content
     assert "relative to the mean diagonal: 0.001 (1 matrix), 0.01 (2 matrices)." in text
