@@ -118,15 +118,15 @@ def osscar(dense: Dense, ratio: float) -> nn.Module:
         for (layer, kind), block in plain.blocks.items():
             slices = trace_units(plain.source.layers)[layer]
             linear = dense.model.model.layers[layer].get_submodule(OUTPUT_PROJECTION[kind])
-            weight = linear.weight.detach().double()
+            weight = linear.weight.detach().double().cpu()  # where the moments are kept
             columns = slices.units(kind)[OUTPUT_PROJECTION[kind]][1]
             curve = Curve(*remove_greedily(block.moments.ridged(), weight.T @ weight, columns))
             blocks[layer, kind] = replace(block, curve=curve)
-        # without windows, `prune` re-fits each block by itself
+        # without windows, `prune` refits each block by itself
         dense.measured[name] = gp.Statistics(plain.source, name, blocks)
     statistics = dense.measured[name]
     plan = gp.make_plan(statistics, backbone_ratio=ratio, allocation="uniform")
-    return gp.prune(dense.model, plan, statistics)
+    return gp.prune(dense.model, plan, statistics, compensation="least_squares")
 
 
 def short_gpt(dense: Dense, ratio: float) -> nn.Module:

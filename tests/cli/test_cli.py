@@ -174,7 +174,7 @@ def test_recover_and_merge(capsys, tmp_path, model, text):
     assert (settings["rank"], settings["learning_rate"], settings["max_tokens"]) == (2, 1e-3, 512)
     # the base has moved
     elsewhere = model.rename(tmp_path / "elsewhere")
-    assert "name it with --base" in refused(capsys, "merge", out / "adapter", "-o", again)
+    assert "pass --base" in refused(capsys, "merge", out / "adapter", "-o", again)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         assert main(["merge", str(out / "adapter"), "--base", str(elsewhere), "-o", str(again)]) == 0

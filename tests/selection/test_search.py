@@ -33,7 +33,7 @@ def divergence(model: Any, pruned: Any, ids: torch.Tensor) -> float:
 def refitted(model: Any, plan: PruningPlan, statistics: Statistics) -> Any:
     """Pruned, each output projection re-fitted by itself."""
     plain = Statistics(statistics.source, statistics.criterion, statistics.blocks)
-    return prune(model, plan, plain)
+    return prune(model, plan, plain, compensation="least_squares")
 
 
 @pytest.mark.parametrize(
