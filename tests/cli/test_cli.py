@@ -184,7 +184,7 @@ def test_recover_and_merge(capsys, tmp_path, model, text):
     assert "was trained on weights" in refused(capsys, "merge", out / "adapter", "--base", out, "-o", tmp_path / "three")
     # what will be evaluated on never trains
     line[1] = str(elsewhere)
-    assert "never trains" in refused(capsys, *line[:-1], tmp_path / "three", "--evaluation", text)
+    assert "cannot be trained on" in refused(capsys, *line[:-1], tmp_path / "three", "--evaluation", text)
     assert not (tmp_path / "three").exists()
 
 
