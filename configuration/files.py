@@ -7,5 +7,5 @@ from typing import Literal
 
 
 def builtin(kind: Literal["recipes", "accelerate"]) -> dict[str, Path]:
-    """`{name: YAML file}` of the packaged files of one kind, sorted by name."""
+    """List the packaged files of one kind, sorted by name: `{name: YAML file}`."""
     return {path.stem: path for path in sorted((Path(__file__).parent / kind).glob("*.yaml"))}

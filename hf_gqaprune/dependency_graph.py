@@ -38,7 +38,7 @@ class UnitSlices:
     ffn: Mapping[str, torch.Tensor]
 
     def units(self, kind: str) -> dict[str, tuple[int, torch.Tensor]]:
-        """`{projection: (dim, index)}` of a block, `index` int64 `(n_units, width)`: per KV group, or per FFN channel."""
+        """Return `{projection: (dim, index)}` of a block, `index` int64 `(n_units, width)`: per KV group or FFN channel."""
         if kind == "mlp":
             return {name: (_dim(name), index) for name, index in self.ffn.items()}
         groups = len(self.kv[_KV_SIDE[0]])
@@ -47,7 +47,7 @@ class UnitSlices:
         return {name: (_dim(name), index) for name, index in {**self.kv, **query}.items()}
 
     def kept(self, kv_groups: tuple[int, ...], query_heads: tuple[int, ...], ffn: tuple[int, ...]) -> dict[str, Any]:
-        """`{projection: (dim, kept indices)}` for the projections of one layer; dim 0 = rows, 1 = columns."""
+        """Return `{projection: (dim, kept indices)}` for the projections of one layer; dim 0 = rows, 1 = columns."""
         picks = ((self.kv, kv_groups), (self.query, query_heads), (self.ffn, ffn))
         return {
             name: (_dim(name), index[chosen].flatten())
@@ -197,7 +197,7 @@ def _trace_layer(shape: LayerShape) -> UnitSlices:
 
 
 def _members(graph: Any, model: nn.Module, root: nn.Linear, rows: list[int]) -> dict[str, list[int]]:
-    """What removing `rows` of `root` takes along: `{projection: sorted indices}`."""
+    """List what is removed together with `rows` of `root`: `{projection: sorted indices}`."""
     import torch_pruning as tp
 
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -211,7 +211,7 @@ def _members(graph: Any, model: nn.Module, root: nn.Linear, rows: list[int]) -> 
 
 
 def _stack(units: list[dict[str, list[int]]], name: str, rows: int, width: int, present: bool) -> torch.Tensor:
-    """`(rows, width)` int64 from the traced units, after checking that they partition the weight exactly."""
+    """Stack the traced units to int64 `(rows, width)`, after checking that they partition the weight exactly."""
     flat = [index for unit in units for index in unit.get(name, [])]
     if sorted(flat) != list(range(rows * width)):
         raise WorkError(

@@ -15,7 +15,7 @@ class WorkError(RuntimeError):
 
 
 def unknown(kind: str, value: object, allowed: Iterable[str]) -> UsageError:
-    """`UsageError` for a `value` outside `allowed`, naming the nearest match first.
+    """Make the `UsageError` for a `value` outside `allowed`, with the nearest match first.
 
     >>> str(unknown("criterion", "tailor", ["taylor", "wanda"]))
     "unknown criterion 'tailor' (did you mean 'taylor'?); allowed: taylor, wanda"

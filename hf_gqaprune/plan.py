@@ -65,7 +65,7 @@ class PruningPlan:
 
     @staticmethod
     def keep_all(config: PreTrainedConfig) -> PruningPlan:
-        """The plan that removes nothing."""
+        """Make the plan that removes nothing."""
         source = ModelShape.from_config(config)
         layers = tuple(LayerPlan.of_groups(s, range(s.kv_heads), range(s.ffn)) for s in source.layers)
         return PruningPlan(source, layers, attention_bias=source.attention_bias, mlp_bias=source.mlp_bias)
@@ -121,7 +121,7 @@ class PruningPlan:
         return replace(self, source=replace(self.source, tie_word_embeddings=bool(config.tie_word_embeddings)))
 
     def compose(self, following: PruningPlan) -> PruningPlan:
-        """One plan for this model that does what this plan and then `following`, made for the result, do."""
+        """Join this plan and `following`, made for its result, into one plan for this plan's model."""
         if following.source.layers != self.target.layers:
             raise UsageError("the second plan was not made for the model that the first one leaves")
         layers = tuple(
@@ -166,7 +166,7 @@ class PruningPlan:
         write_text(path, self.to_json())
 
     def to_json(self) -> str:
-        """The bytes of the file, as text."""
+        """Return the content of the file as text."""
         data = self.to_dict()
         rows = {"source": data["source"].pop("layers"), "layers": data.pop("layers")}
         data["source"]["layers"], data["layers"] = "@source", "@layers"
@@ -196,7 +196,7 @@ class PruningPlan:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def summary(self) -> dict[str, Any]:
-        """Sizes before and after, for reports and cards; see `to_dict` for the indices."""
+        """Summarise sizes before and after for reports and cards; see `to_dict` for the indices."""
         before, after = self.before, self.after
         costs = {f"{k}_{when}": v for when, c in (("before", before), ("after", after)) for k, v in asdict(c).items()}
         layers = [
@@ -220,7 +220,7 @@ class PruningPlan:
 
 
 def plan_table(plan: PruningPlan) -> str:
-    """The printed form: one row per layer, then totals before and after."""
+    """Format a plan: one row per layer, then totals before and after."""
     rows: list[tuple[str, ...]] = [("layer", "Q heads", "KV heads", "FFN", "parameters", "kept")]
     source, target = plan.source, plan.target
     for index, (old, new) in enumerate(zip(source.layers, target.layers, strict=True)):
@@ -286,7 +286,7 @@ def _describe(shape: LayerShape) -> str:
 
 
 def _ranges(units: Sequence[int]) -> str:
-    """`(0, 1, 2, 5)` -> `"0-2,5"`."""
+    """Write indices as ranges: `(0, 1, 2, 5)` -> `"0-2,5"`."""
     spans: list[list[int]] = []
     for unit in units:
         if spans and unit == spans[-1][1] + 1:

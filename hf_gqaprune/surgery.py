@@ -213,7 +213,7 @@ def check_windows(compensation: str, windows: int) -> None:
 
 
 def pruned_config(config: Any, plan: PruningPlan) -> PrunedLlamaConfig:
-    """`config` with the layer sizes and biases of `plan`."""
+    """Return `config` with the layer sizes and biases of `plan`."""
     return config_of_layers(
         config, plan.target.layers, attention_bias=plan.attention_bias, mlp_bias=plan.mlp_bias
     )

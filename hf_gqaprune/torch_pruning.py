@@ -45,7 +45,7 @@ class KVGroups:
         }
 
     def importance(self, base: Callable[[Any], torch.Tensor]) -> Callable[[Any], torch.Tensor]:
-        """An importance of torch-pruning, summed over each KV group: all channels of a group rank alike."""
+        """Sum an importance of torch-pruning over each KV group, so that all channels of a group rank alike."""
 
         def score(group: Any) -> torch.Tensor:
             channels = base(group)
@@ -103,7 +103,7 @@ def kv_group_pruning(model: PreTrainedModel) -> Iterator[KVGroups]:
 
 
 def to_pruned_llama(model: PreTrainedModel) -> PrunedLlamaForCausalLM:
-    """The same weights as a [`PrunedLlamaForCausalLM`] whose config says the sizes that its layers really have.
+    """Wrap the same weights in a [`PrunedLlamaForCausalLM`] whose config has the layers' real sizes.
 
     Args:
         model: a Llama or pruned Llama causal LM after pruning by whole KV groups in place; it shares its weights with

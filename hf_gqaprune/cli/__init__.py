@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> arguments.Parser:
-    """The parser of all verbs; what it parses carries the verb's function as `function`."""
+    """Build the parser of all verbs; parsed arguments carry the verb's function as `function`."""
     parser = arguments.Parser(
         prog="gqaprune",
         description="Prune Llama-family checkpoints by whole KV groups and FFN channels.",

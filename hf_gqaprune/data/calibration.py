@@ -131,7 +131,7 @@ def sample_windows(
 
 
 def _interleaved(counts: Sequence[int]) -> list[tuple[int, int]]:
-    """`(source, row)` of every window, the sources mixed evenly, also among the windows that will be held out."""
+    """Order the windows as `(source, row)` with the sources mixed evenly, held-out windows included."""
     spread = sorted((i / max(1, count), s, i) for s, count in enumerate(counts) for i in range(count))
     order, held = [(s, i) for _, s, i in spread], [0] * len(counts)
     for last in range(HELD_OUT_EVERY - 1, len(order), HELD_OUT_EVERY):

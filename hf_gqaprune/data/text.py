@@ -15,7 +15,7 @@ from .demo import demo_text
 
 
 def text_paths(sources: Iterable[str]) -> list[str]:
-    """`books.txt=0.7` -> `books.txt`, `folder:config` -> `folder`; names that are no path stay as they are."""
+    """Drop weights and configurations: `books.txt=0.7` -> `books.txt`, `folder:config` -> `folder`; keep other names."""
     names = [parse_weight(source)[0] for source in sources]
     return [name if Path(name).exists() else name.partition(":")[0] for name in names]
 

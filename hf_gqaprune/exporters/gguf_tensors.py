@@ -48,7 +48,7 @@ class GGUFTensor:
 
 
 def stored_shape(layer: LayerShape) -> LayerShape:
-    """Sizes of a layer as the file has them: a removed block has the sizes of its stub."""
+    """Return the sizes of a layer in the file, where a removed block has the sizes of its stub."""
     heads, kv_heads = (layer.query_heads, layer.kv_heads) if layer.kv_heads else (1, 1)
     return LayerShape(heads, kv_heads, layer.ffn or STUB_FFN, layer.head_dim)
 
@@ -98,7 +98,7 @@ def rope_factors(source: Source) -> tuple[torch.Tensor | None, float]:
 
 
 def rope_tensor(factors: torch.Tensor) -> GGUFTensor:
-    """The tensor that llama.cpp divides its RoPE frequencies by."""
+    """Return the factors by which llama.cpp divides its RoPE frequencies."""
     return _constant("rope_freqs.weight", factors)
 
 
@@ -113,7 +113,7 @@ def encoding(tensor: GGUFTensor, dtype: str) -> GGMLQuantizationType:
 
 
 def encode(name: str, rows: torch.Tensor, kind: GGMLQuantizationType) -> bytes:
-    """Bytes of some rows as `kind`. Raises [`WorkError`] for values that are not finite, or too large for float16."""
+    """Encode rows as `kind`. Raises [`WorkError`] for values that are not finite, or too large for float16."""
     import numpy as np
     from gguf import GGMLQuantizationType, quants
 
@@ -140,7 +140,7 @@ def _constant(name: str, tensor: torch.Tensor) -> GGUFTensor:
 
 
 def _interleaved(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of each head in pairs (0, d/2, 1, d/2 + 1, ...): llama.cpp rotates neighbours, transformers halves."""
+    """Order the rows of each head in pairs (0, d/2, 1, d/2 + 1, ...): llama.cpp rotates neighbours, transformers halves."""
     return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 

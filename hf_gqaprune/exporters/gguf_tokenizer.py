@@ -28,7 +28,7 @@ _PRE_TOKENIZERS = {
 
 
 def copied_tokenizer(path: Path, vocabulary: int) -> dict[str, Any]:
-    """The tokenizer keys of the GGUF file `path`. Raises [`UsageError`] unless it has `vocabulary` tokens."""
+    """Read the tokenizer keys of the GGUF file `path`. Raises [`UsageError`] unless it has `vocabulary` tokens."""
     from gguf import GGUFReader, Keys
 
     try:
@@ -78,7 +78,7 @@ def converted_tokenizer(folder: ModelFolder, vocabulary: int) -> dict[str, Any]:
 
 
 def _tokens(folder: ModelFolder, spec: Mapping[str, Any], vocabulary: int) -> tuple[list[str], list[int]]:
-    """Text and type of every id."""
+    """List the text and the type of every id."""
     tokens = [f"[PAD{index}]" for index in range(vocabulary)]
     types = [_UNUSED] * vocabulary
     known = {index: (token, _NORMAL) for token, index in spec["model"]["vocab"].items()}
@@ -115,7 +115,7 @@ def _byte_level(folder: ModelFolder, spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _described(step: Mapping[str, Any]) -> str:
-    """A step of a pre-tokenizer as `_PRE_TOKENIZERS` has it, else its JSON."""
+    """Describe a step of a pre-tokenizer as `_PRE_TOKENIZERS` does, or by its JSON."""
     if step["type"] == "Digits" and step["individual_digits"]:
         return "single digits"
     if step["type"] == "Split" and (step["behavior"], step["invert"]) in (("Isolated", False), ("Removed", True)):
@@ -171,7 +171,7 @@ def _scores(merges: Sequence[tuple[str, str]]) -> dict[str, float]:
 
 
 def _space_prefix(folder: ModelFolder, spec: Mapping[str, Any]) -> bool:
-    """Whether a space goes before the text; every other space becomes U+2581 in all SentencePiece vocabularies."""
+    """Tell whether a space is put before the text; all SentencePiece vocabularies write other spaces as U+2581."""
     normalizer, pre = spec["normalizer"], spec["pre_tokenizer"]
     if normalizer is None and pre and pre["type"] == "Metaspace" and pre["replacement"] == _SPACE and not pre["split"]:
         return bool(pre["prepend_scheme"] != "never")
@@ -216,7 +216,7 @@ def _stop_ids(folder: ModelFolder) -> list[int]:
 
 
 def _frame(folder: ModelFolder, tokenizer: Any) -> dict[str, Any]:
-    """Whether BOS and EOS go around a text, by what the tokenizer does with one."""
+    """Tell whether BOS and EOS are put around a text, by tokenizing one."""
     plain, framed = (tokenizer.encode("x", add_special_tokens=special) for special in (False, True))
     options = {
         (bos, eos): [*[tokenizer.bos_token_id] * bos, *plain, *[tokenizer.eos_token_id] * eos]

@@ -11,7 +11,7 @@ _CONTEXT = 4096
 
 
 def modelfile(name: str, tokenizer: Mapping[str, Any], context: int) -> str:
-    """Text of a Modelfile for the GGUF file `name` in the same folder.
+    """Write the text of a Modelfile for the GGUF file `name` in the same folder.
 
     ollama recognizes the chat templates of known models in the file; without one the prompt goes to the model as it is.
     """

@@ -66,7 +66,7 @@ def write_plain_llama(source: Source, target: Path, *, pad: bool, overwrite: boo
 
 
 def common_shape(shape: ModelShape) -> LayerShape:
-    """The cheapest sizes of a plain Llama that every layer can be filled up to.
+    """Find the cheapest sizes of a plain Llama that every layer can be padded to.
 
     All layers have the same, each KV group as many query heads as the largest, and transformers accepts a plain Llama only
     if its query heads divide `hidden_size`, whatever `head_dim` is.
@@ -117,7 +117,7 @@ def _plain_config(source: Source, size: LayerShape) -> Any:
 def _pieces(
     checkpoint: Checkpoint, name: str, tensor: torch.Tensor, source: Source, size: LayerShape
 ) -> Iterator[torch.Tensor]:
-    """The `tensor` called `name` of the plain model, in pieces of whole rows."""
+    """Yield the `tensor` called `name` of the plain model, in pieces of whole rows."""
     if not name.startswith("model.layers."):
         yield from checkpoint.chunks(name)
         return
@@ -133,7 +133,7 @@ def _pieces(
 
 
 def _filled_up(weight: torch.Tensor, inner: str, layer: LayerShape, size: LayerShape) -> torch.Tensor:
-    """A weight or bias of `layer` with the zeros that make its block as large as `size`."""
+    """Pad a weight or bias of `layer` with zeros to the block sizes of `size`."""
     module, _, kind = inner.rpartition(".")
     output = module in OUTPUT_PROJECTION.values()
     if output and kind == "bias":
@@ -148,7 +148,7 @@ def _filled_up(weight: torch.Tensor, inner: str, layer: LayerShape, size: LayerS
 
 
 def _grouping(module: str, layer: LayerShape) -> tuple[int, ...]:
-    """How the units of a projection lie along its units' dimension, outermost first."""
+    """Return how the units of a projection lie along its units' dimension, outermost first."""
     if module.startswith("mlp."):
         return (layer.ffn,)
     if module in (INPUT_PROJECTIONS["attention"][0], OUTPUT_PROJECTION["attention"]):

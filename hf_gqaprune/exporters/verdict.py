@@ -115,7 +115,7 @@ _ENGINES: tuple[Callable[[ModelShape, int], Verdict], ...] = (_transformers, _vl
 
 
 def _split(shape: ModelShape, tensor_parallel: int, verdict: Verdict, shared_kv: bool = True) -> Verdict:
-    """The verdict where layers are split over GPUs."""
+    """Judge where the layers can be split over GPUs."""
     layers = _undivided(shape, tensor_parallel, shared_kv)
     if not layers:
         return verdict

@@ -128,7 +128,7 @@ def _skip(layer: PrunedLlamaConfig) -> Sequence[str]:
 
 
 def _checked_layers(layers: Any, num_layers: int) -> dict[int, dict[str, Any]]:
-    """`layers` with integer keys, or a ValueError that says what is wrong, before transformers reads them."""
+    """Return `layers` with integer keys; raise a ValueError that says what is wrong before transformers reads them."""
     if not isinstance(layers, Mapping):
         size = f" of {len(layers)} entries" if hasattr(layers, "__len__") else ""
         raise ValueError(

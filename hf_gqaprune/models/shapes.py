@@ -142,7 +142,7 @@ class Cost:
 
 
 def layer_shapes(config: PreTrainedConfig) -> tuple[LayerShape, ...]:
-    """Sizes of every layer of a Llama or pruned Llama config, skipped blocks as zeros."""
+    """Read the sizes of every layer of a Llama or pruned Llama config, skipped blocks as zeros."""
     shapes = []
     for layer in config.per_layer_config:
         c: Any = layer

@@ -169,5 +169,5 @@ def _streamed(prepared: Prepared, working: Path, *, overwrite: bool, resume: boo
 
 
 def _spare(prepared: Prepared) -> int:
-    """What activations may take of a GPU's memory: half of what is left, since an allocator keeps more than is in use."""
+    """Return what activations may take of a GPU's memory: half of what is left, as an allocator keeps more than is in use."""
     return prepared.spare // 2

@@ -75,12 +75,12 @@ class Workload:
         return name, PROCESS + stages[name]
 
     def _vocabulary(self) -> int:
-        """A weight of the embeddings' size, which is read as it is stored."""
+        """Count a weight of the embeddings' size, read in its stored dtype."""
         twice = self.stored if self.stored not in (0, self.itemsize) else 0
         return self.shape.vocab_size * self.shape.hidden_size * (self.itemsize + twice)
 
     def _head(self) -> int:
-        """Its weight, and a copy that a product makes of it; some rows of logits, their softmax and its gradients."""
+        """Count the head, the copy that its product makes, and some rows of logits with softmax and gradients."""
         logits = max(LOGITS_AT_ONCE, self.shape.vocab_size) * (2 * self.itemsize + 12)
         return 2 * self._vocabulary() + logits + 6 * self.batch * self.shape.hidden_size * 4
 
@@ -91,12 +91,12 @@ class Workload:
         return max(layer.ffn, layer.query_heads * layer.head_dim) * self.shape.hidden_size * self.itemsize
 
     def _activations(self, layer: LayerShape) -> int:
-        """What one batch leaves in a layer for the backward pass, the norms in float32."""
+        """Count what one batch keeps of a layer for the backward pass, the norms in float32."""
         width = layer.query_heads * layer.head_dim
         return self.batch * (10 * self.shape.hidden_size + 8 * width + 6 * layer.ffn) * max(self.itemsize, 3)
 
     def _measuring(self, rule: Criterion, layer: LayerShape) -> int:
-        """A layer, its sums, and a batch on its way or the greedy removal in the widest block."""
+        """Count a layer, its sums, and either a batch in it or the greedy removal in its widest block."""
         d, attention, ffn = self.shape.hidden_size, layer.query_heads * layer.head_dim, layer.ffn
         weights = self._weights(layer)
         if not self.windows:
@@ -122,7 +122,7 @@ class Workload:
         return weights + sums + max(passing, scoring)
 
     def _refitting(self, layer: LayerShape) -> int:
-        """A layer before and after; two sets of sums, and either a product on its way to them or a solution."""
+        """Count a layer before and after, two sets of sums, and either a product being added or a solution."""
         d, wide = self.shape.hidden_size, max(layer.query_heads * layer.head_dim, layer.ffn)
         alone = self._weights(layer) + 6 * wide**2 + 8 * wide**2 + 8 * 3 * wide * d
         if not self.windows:

@@ -217,7 +217,7 @@ def _finite(name: str, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]
 
 
 def _cuts(prefix: str, kept: LayerPlan, units: UnitSlices) -> dict[str, tuple[int, torch.Tensor]]:
-    """`{tensor: (dim, indices that stay)}` of a layer; of a bias only the rows go."""
+    """Return `{tensor: (dim, kept indices)}` of a layer; a bias loses rows only."""
     found = {}
     for name, (dim, index) in units.kept(kept.kv_groups, kept.query_heads, kept.ffn_channels).items():
         found[f"{prefix}{name}.weight"] = dim, index
@@ -273,7 +273,7 @@ def _layer_of(step: _Step) -> int:
 
 
 def _steps(plan: PruningPlan, checkpoint: Checkpoint, writer: ShardWriter) -> tuple[_Step, ...]:
-    """Everything that there is to read and write, layers whole and the rest one by one, in the order of the files."""
+    """List all reads and writes, whole layers and single other tensors, in the order of the files."""
     steps = []
     for index in range(len(plan.layers)):
         prefix = layer_prefix(index)
@@ -324,7 +324,7 @@ def _write_around(
     writer: ShardWriter,
     known: Mapping[str, Any],
 ) -> None:
-    """Everything but the weights."""
+    """Write everything but the weights."""
     pruned.save_pretrained(output, state_dict={})
     if writer.index is not None:
         write_text(output / INDEX, json.dumps(writer.index, indent=2, sort_keys=True) + "\n")

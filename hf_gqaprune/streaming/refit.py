@@ -22,7 +22,7 @@ from .layers import Layers
 
 
 def streams_disk_bytes(tokens: int, hidden: int, dtype: torch.dtype, held: int = 0) -> int:
-    """Bytes on disk of the streams at their most: of both models before a layer, in the middle of it and behind it.
+    """Return the peak size on disk of both models' streams: before a layer, within it and after it.
 
     `held` bytes of them stay in memory.
     """
@@ -93,7 +93,7 @@ class Refit:
         return found
 
     def layer(self, index: int, kept: LayerPlan, slices: UnitSlices) -> dict[str, torch.Tensor]:
-        """The weights of a pruned layer on the device, by the names within it; layers come in order."""
+        """Return the weights of a pruned layer on the device, by their names in it; layers are asked for in order."""
         with self.layers.layer(index, index + 1) as dense:
             weights = dict(dense.state_dict())
             self.statistics.check_weights(index, weights)
@@ -115,26 +115,26 @@ class Refit:
         return self.statistics.read(index, self.layers.device)
 
     def finished(self, index: int) -> None:
-        """The layer's weights are safe: what came before it may go."""
+        """Drop what precedes a layer whose weights are on disk."""
         if self.streams is not None:
             state = self._state(index + 1)
             self._note(index).unlink(missing_ok=True)
             self.store.drop_all_but((state["dense"], state["pruned"]))
 
     def _state(self, index: int) -> dict[str, Any]:
-        """The names of the streams before a layer, and whether they differ."""
+        """Read the names of the streams before a layer, and whether they differ."""
         state: dict[str, Any] = json.loads(self._note(index).read_text(encoding="utf-8"))
         return state
 
     def _whole(self, index: int) -> bool:
-        """Whether the streams before a layer are there."""
+        """Tell whether the streams before a layer are complete."""
         if not self._note(index).exists():
             return False
         state = self._state(index)
         return all(self.store.has(state[name]) for name in ("dense", "pruned"))
 
     def _note(self, index: int) -> Path:
-        """Which streams there are before a layer."""
+        """Return the file that names the streams before a layer."""
         return self.store.folder / f"before-{index}.json"
 
 

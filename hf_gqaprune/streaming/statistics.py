@@ -72,7 +72,7 @@ def stream_statistics(
     dtype: torch.dtype | None = None,
     spare: int = 0,
 ) -> Statistics:
-    """`collect_statistics(model, calibration, criterion=criterion)` without loading the model, bit for bit on the CPU.
+    """Compute `collect_statistics(model, calibration, criterion=criterion)` without loading the model, bit for bit on a CPU.
 
     At its most, memory holds one decoder layer, what it keeps of one batch for the backward pass, and the moments of its
     blocks; the embeddings or the head once. Inputs and gradients of one layer after the other are on disk, `tokens x
@@ -144,7 +144,7 @@ def stream_statistics(
 def statistics_disk_bytes(
     source: ModelShape, dtype: torch.dtype, calibration: Calibration | None, rule: Criterion, held: int = 0
 ) -> int:
-    """Bytes on the disk at their most: of activations at the turn of the passes, or of moments at the end.
+    """Return the peak size on disk: of activations between the two passes, or of moments at the end.
 
     `held` bytes of activations stay in memory.
     """
@@ -166,7 +166,7 @@ def statistics_inputs(
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> dict[str, str]:
-    """What the statistics of a model depend on, as `unfinished.begun` compares it."""
+    """List what the statistics of a model depend on, for `resume_or_start` to compare."""
     return {
         "model": folder.stat_hash,
         "calibration": sha256(calibration and calibration.ids.tolist()),
@@ -241,11 +241,11 @@ class _Pass:
         return [kind for kind in KINDS if kind not in self.source.layers[index].skip]
 
     def _measured(self, index: int) -> bool:
-        """Whether the statistics of a layer are there."""
+        """Tell whether the statistics of a layer exist."""
         return all(block_file(self.working, index, kind).exists() for kind in self._kinds(index))
 
     def _weigh(self, index: int) -> None:
-        """The curves of a layer from its weights alone, unless they are there."""
+        """Compute the curves of a layer from its weights alone, unless they exist."""
         if self._measured(index):
             return
         with self.layers.layer(index, index + 1) as layer:
@@ -253,7 +253,7 @@ class _Pass:
             self._save([MomentHooks(index, kind, layer, self.slices[index]) for kind in self._kinds(index)])
 
     def _forward(self, index: int) -> None:
-        """The inputs of the next layer; without a backward pass also the statistics of this one."""
+        """Compute the inputs of the next layer, and without a backward pass the statistics of this one."""
         store = self.store
         with self.layers.layer(index, index + 1) as layer, ExitStack() as stack:
             check_weights({index: layer})
@@ -276,7 +276,7 @@ class _Pass:
             raise WorkError(f"layer {index}: what it puts out on calibration text is not finite: activations overflow")
 
     def _loss_gradients(self, count: int) -> Iterator[torch.Tensor]:
-        """Of the summed next-token loss with respect to what the last layer puts out."""
+        """Yield the gradients of the summed next-token loss with respect to the last layer's outputs."""
         norm, head = self.layers.head()
         for ids, hidden in zip(self.batches, self.store.read(f"input-{count}"), strict=True):
             normed = norm(hidden.requires_grad_(True))
@@ -284,7 +284,7 @@ class _Pass:
             yield _gradient(hidden)
 
     def _back(self, index: int) -> None:
-        """The statistics of a layer, and the gradient with respect to its inputs."""
+        """Compute the statistics of a layer and the gradient with respect to its inputs."""
         store = self.store
 
         def gradients() -> Iterator[torch.Tensor]:

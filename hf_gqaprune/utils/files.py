@@ -176,7 +176,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
-    """`write_text` of `data` as indented JSON with a final newline; keys keep their order."""
+    """Write `data` as indented JSON with a final newline, by `write_text`; keys keep their order."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -214,5 +214,5 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
 
 
 def _scratch(target: Path) -> Path:
-    """A hidden unused name beside `target`; unlike those of `tempfile`, what is made there gets the usual permissions."""
+    """Choose a hidden unused name beside `target`; unlike a file of `tempfile`, it gets the usual permissions."""
     return target.with_name(f".{secrets.token_hex(8)}.{target.name}")

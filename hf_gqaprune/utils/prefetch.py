@@ -21,7 +21,7 @@ class BackgroundWorker:
     """
 
     def __init__(self, device: torch.device, ahead: int = 1) -> None:
-        """`ahead`: number of tasks of `later` that may be pending."""
+        """Start the thread; `ahead` is the number of tasks of `later` that may be pending."""
         self._ahead, self._pending = ahead, deque[Future[Any]]()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._device, self._thread = device, ThreadPoolExecutor(1)
