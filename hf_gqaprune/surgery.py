@@ -53,7 +53,7 @@ def prune(
         plan: which units stay.
         statistics: second moments and calibration windows; needed unless `compensation` is `none`. Without windows
             `least_squares` makes only the first refit, on the moments alone, with a warning.
-        compensation: `least_squares` re-fits `o_proj` and `down_proj` of every changed block on the dense moments, then
+        compensation: `least_squares` refits `o_proj` and `down_proj` of every changed block on the dense moments, then
             every linear from there on, layer by layer, on the inputs that the pruned prefix gives it (see
             `compensation.least_squares`); `natural_gradient` then moves every linear of the layers towards the dense
             model's predictions (see `compensation.natural_gradient`); `bias` adds the mean of what was removed to the biases
@@ -127,7 +127,7 @@ def prune_layer(
         state: `{"self_attn.q_proj.weight": tensor, ...}` of the dense layer.
         kept: units that stay.
         slices: index sets of the layer.
-        moments: `{kind: Moments}` of the blocks to re-fit.
+        moments: `{kind: Moments}` of the blocks to refit.
         means: `{kind: (n,)}`, mean inputs of the output projections, to be made up for by biases.
         clone: copy also what stays whole, so that nothing is shared with `state`.
 

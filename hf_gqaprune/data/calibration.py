@@ -18,7 +18,7 @@ from .windows import excerpt_size, token_ids, token_windows
 _PER_TOKEN = 360
 #: characters that are tokenized to estimate the number of tokens of a text
 _GLANCE = 1 << 16
-#: one window in this many is held out of re-fitting and steps, for choices that must not be made on the fitted windows;
+#: one window in this many is held out of refitting and steps, for choices that must not be made on the fitted windows;
 #: moments and curves are taken over all
 HELD_OUT_EVERY = 8
 

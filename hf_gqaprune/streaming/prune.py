@@ -74,7 +74,7 @@ def prune_checkpoint(
     """Prune a checkpoint without loading it: the files that `prune` and `save_pretrained` would write, byte for byte.
 
     Beside the weights go config, model files, plan, tokenizer, generation config, chat template, licence files and
-    `gqaprune.json`. Weights pass in pieces of 4 MiB; a layer that is re-fitted is in memory, and with it the sums of
+    `gqaprune.json`. Weights pass in pieces of 4 MiB; a layer that is refitted is in memory, and with it the sums of
     one least-squares problem. The work is done in a hidden folder beside `output`, `.NAME.unfinished`, whose content takes
     the name `output` in one step when complete.
 
@@ -198,7 +198,7 @@ class _Surgery:
                     self.writer.write(prefix + name, [to_host(tensor.to(self.dtype))])
         for name in step.reads:
             if name in self.checkpoint.digests:
-                continue  # the layer was re-fitted from it
+                continue  # the layer was refitted from it
             pieces = _finite(name, self.checkpoint.chunks(name))
             if name in step.writes:
                 self.writer.write(name, _cut((piece.to(self.dtype) for piece in pieces), cuts.get(name)))

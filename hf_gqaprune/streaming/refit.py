@@ -41,7 +41,7 @@ class Refit:
         Args:
             layers: the dense checkpoint.
             pruned: the pruned model without weights.
-            statistics: moments, and windows to walk along; without windows each block is re-fitted by itself.
+            statistics: moments, and windows to walk along; without windows each block is refitted by itself.
             working: a folder for the streams, which `begin` may find there.
             spare: bytes of a GPU's memory for them.
         """

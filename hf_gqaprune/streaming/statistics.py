@@ -83,7 +83,7 @@ def stream_statistics(
         model: folder or Hub id of a Llama or pruned Llama checkpoint in safetensors; its files are only read.
         calibration: the windows; None for criteria that need none, and then no moments are kept.
         output: the new statistics folder.
-        criterion: a key of `importance.CRITERIA`.
+        criterion: a key of `statistics.CRITERIA`.
         seed: for the criterion `random`.
         overwrite: replace `output`, and without `resume` drop what an interrupted call left.
         resume: go on after the last layer that an interrupted call with the same arguments finished, or from the first where

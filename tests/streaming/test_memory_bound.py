@@ -1,4 +1,4 @@
-"""What `memory.Work` says a step takes, beside what it does take."""
+"""What `Workload` says a step takes, beside what it does take."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_gqaprune.models.shapes import LayerShape, ModelShape
 from hf_gqaprune.statistics.criteria import CRITERIA
 from hf_gqaprune.streaming.memory_bound import Workload
 
-#: buffers of a library's own, which are part of `memory.PROCESS`
+#: buffers of a library's own, which are part of `memory_bound.PROCESS`
 OWN = 32 << 20
 
 
