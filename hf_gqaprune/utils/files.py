@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 #: a file of each folder that may be replaced, and a key in it: checkpoint, adapter, statistics, run
 _HEADS = {"config.json": "model_type", "adapter_config.json": "peft_type", "statistics.json": "criterion", "run.json": "done"}
+#: keys of the JSON files that may be replaced: plan, report
+_JSON_KEYS = ({"source", "layers"}, {"model", "stages"})
+#: how the other files that may be replaced begin: GGUF, PNG, Modelfile, card, and a line that every recipe has
+_BEGINNINGS, _RECIPE = (b"GGUF", b"\x89PNG", b"FROM ", b"---\n"), b"\nprune:"
+#: no plan or report is larger
+_LARGEST = 1 << 27
 
 
 def refuse_existing(
@@ -53,6 +59,11 @@ def refuse_existing(
             f"{target} is no checkpoint, adapter, statistics or run, so it is not replaced: choose another output, or "
             "delete it yourself"
         )
+    if taken and file and not _is_replaceable(target):
+        raise UsageError(
+            f"{target} is no plan, report, recipe, card or GGUF file, so it is not replaced: choose another output, or delete "
+            "it yourself"
+        )
     place = next(parent for parent in target.absolute().parents if parent.exists())
     if not place.is_dir():
         raise UsageError(f"{target} cannot be written: {place} is a file")
@@ -64,6 +75,16 @@ def refuse_existing(
 def is_occupied(path: Path) -> bool:
     """Return whether `path` exists; an empty folder counts as absent."""
     return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
+def _is_replaceable(path: Path) -> bool:
+    """Tell by its content whether a file is of a kind that this package writes; an empty file is."""
+    with path.open("rb") as file:
+        beginning = file.read(1 << 16)
+    if not beginning or beginning.startswith(_BEGINNINGS) or _RECIPE in beginning:
+        return True
+    small = path.stat().st_size <= _LARGEST and beginning.lstrip().startswith(b"{")
+    return small and any(keys <= _head(path).keys() for keys in _JSON_KEYS)
 
 
 def _head(path: Path) -> dict[str, Any]:

@@ -162,10 +162,10 @@ def test_models_that_gguf_cannot_hold_are_named(tmp_path):
 def test_nothing_is_overwritten_unless_told(tmp_path):
     served_checkpoint("equal layers", tmp_path / "model")
     target = tmp_path / "model.gguf"
-    target.write_text("mine")
+    target.write_text("GGUF, mine")
     with pytest.raises(gp.UsageError, match="model.gguf exists already"):
         gp.export(tmp_path / "model", target)
-    assert target.read_text() == "mine"
+    assert target.read_text() == "GGUF, mine"
     (tmp_path / "other.Modelfile").write_text("mine")
     with pytest.raises(gp.UsageError, match="other.Modelfile exists already"):
         gp.export(tmp_path / "model", tmp_path / "other.gguf")

@@ -162,7 +162,7 @@ def test_a_plan_is_one_file(place: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert f"{folder} is a folder, and a plan is one file: name a file, such as {folder}/plan.json" in told
     assert "text.txt is a file" in refused(capsys, place, [*line, "text.txt/plan.json"])
     read = ["plan", "model", "--backbone-ratio", "0.3", "--calibration", "text.txt", *SIZES, "--overwrite"]
-    assert "text.txt would be replaced" in refused(capsys, place, [*read, "-o", "text.txt"])
+    assert "text.txt is no plan, report, recipe" in refused(capsys, place, [*read, "-o", "text.txt"])
     assert main([*line, "plans/of/mine.json"]) == 0
     assert PruningPlan.load(place / "plans" / "of" / "mine.json").criterion == "magnitude"
 
@@ -218,3 +218,25 @@ def test_permissions_follow_the_umask_which_is_never_changed(tmp_path: Path, mon
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
     assert modes == {"file": 0o640, "folder": 0o750, "config.json": 0o640}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "notes.txt"])
+def test_overwrite_replaces_no_file_of_another_kind(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (dense / "notes.txt").write_text("{mine}")
+    before = (dense / name).read_bytes()
+    line = ["plan", str(dense), "--ratio", "0.2", "--criterion", "magnitude", "-o", str(dense / name), "--overwrite"]
+    for command in (line, ["recipes", "cp", "demo", str(dense / name), "--overwrite"]):
+        assert main(command) == 2
+        assert f"{name} is no plan, report, recipe, card or GGUF file, so it is not replaced" in capsys.readouterr().err
+        assert (dense / name).read_bytes() == before
+
+
+def test_overwrite_replaces_what_was_written_before(dense: Path, tmp_path: Path) -> None:
+    line = ["plan", str(dense), "--ratio", "0.2", "--criterion", "magnitude", "-o", str(tmp_path / "plan")]
+    assert main(line) == 0 and main([*line, "--overwrite"]) == 0
+    for name in ("demo", "llama-3-8b", "any-llama"):
+        assert main(["recipes", "cp", name, str(tmp_path / "mine"), *([] if name == "demo" else ["--overwrite"])]) == 0
+    (tmp_path / "empty").touch()
+    assert main(["recipes", "cp", "demo", str(tmp_path / "empty"), "--overwrite"]) == 0
