@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 import yaml
 
-from ..errors import UsageError, unknown
+from ..errors import UsageError, on_one_line, unknown
 from .files import builtin
 from .measuring import CalibrationConfig, EvaluationConfig
 from .pruning import BUDGETS, PruningConfig
@@ -108,7 +108,7 @@ def parse(text: str, source: str) -> dict[str, Any]:
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UsageError(f"recipe {source} is not YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"recipe {source} is not YAML: {on_one_line(error)}") from None
     if not isinstance(data, dict):
         raise UsageError(f"recipe {source} is not a mapping: start from one of `gqaprune recipes show NAME`")
     return data

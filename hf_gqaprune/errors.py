@@ -24,3 +24,13 @@ def unknown(kind: str, value: object, allowed: Iterable[str]) -> UsageError:
     near = difflib.get_close_matches(str(value), names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return UsageError(f"unknown {kind} {value!r}{hint}; allowed: {', '.join(names)}")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def on_one_line(error: BaseException) -> str:
+    """Return an error's whole message with its line breaks and runs of blanks replaced by single blanks."""
+    return " ".join(str(error).split())

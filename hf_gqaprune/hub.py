@@ -16,7 +16,7 @@ from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
 
 from .checkpoint import CARRIED_FILES
-from .errors import UsageError, WorkError
+from .errors import UsageError, WorkError, first_line, on_one_line
 from .model_cards import (
     UNKNOWN,
     card_metadata,
@@ -182,7 +182,7 @@ def push(
 
 
 def _interrupted(folder: Path, repo_id: str, private: bool, error: Exception) -> WorkError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     return WorkError(
         f"push to {repo_id} failed ({reason}); nothing was published: run `gqaprune push {folder} {repo_id}"
         f"{' --private' if private else ''}` again, uploaded files are not sent twice"
@@ -355,7 +355,7 @@ def _model_problems(folder: Path, config_data: Mapping[str, Any], stored: dict[s
             auto_class = getattr(transformers, head(config_data)[1])
             model = auto_class.from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever transformers raises, the cause is this config
-        return [f"config.json does not describe a model: {' '.join(str(error).split())}"]
+        return [f"config.json does not describe a model: {on_one_line(error)}"]
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     missing = expected.keys() - stored.keys() - model.all_tied_weights_keys.keys()
     problems = [f"the weights lack {name}" for name in sorted(missing)]

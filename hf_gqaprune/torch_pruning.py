@@ -1,4 +1,4 @@
-"""A Llama config goes in; out comes which rows and columns of which weight belong to which unit.
+"""Find which rows and columns of which weight belong to which unit, from a Llama config.
 
 The answer is read from torch-pruning's dependency graph, traced through the real attention on the meta device. It is the
 only place that knows how a layer is cut: surgery, statistics and criteria replay these index sets.

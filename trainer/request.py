@@ -13,7 +13,7 @@ import yaml
 from ..checkpoint import resolve_model
 from ..configuration import Recipe, RecoveryConfig
 from ..data import text_paths
-from ..errors import UsageError, unknown
+from ..errors import UsageError, on_one_line, unknown
 from ..utils import exclusive_lock, is_occupied, refuse_existing, refuse_overwriting_inputs
 from .models import check_trackers, quantization
 
@@ -127,7 +127,7 @@ def request_from_yaml(text: str) -> Request:
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UsageError(f"the recovery's configuration is not YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"the recovery's configuration is not YAML: {on_one_line(error)}") from error
     if not isinstance(values, dict):
         raise UsageError("the recovery's configuration must be a mapping, with model, data and output")
     names = [spec.name for spec in fields(Request) if spec.name != "config"]

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
 
 from ..data import demo_model_path
-from ..errors import UsageError
+from ..errors import UsageError, first_line, on_one_line
 from ..models import empty_model, expected_tensors
 from ..utils import AUTO, CPU, select_device, sha256
 from .identity import IDENTITY_FILE
@@ -58,7 +58,7 @@ class ModelFolder:
         try:
             config = AutoConfig.from_pretrained(self.path)
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = on_one_line(error)[:200]
             raise UsageError(f"the config of {self} is not readable: {reason}") from error
         if config.tie_word_embeddings and any(self.path.glob("*.safetensors")) and _heads_differ(self._checkpoint):
             config.tie_word_embeddings = False
@@ -76,7 +76,7 @@ class ModelFolder:
             if model.is_file() and model.read_bytes()[:1] == b"\n" and find_spec("sentencepiece") is None:
                 # transformers takes it for a tiktoken file
                 raise UsageError(f"{model} needs sentencepiece, which is not installed: pip install sentencepiece") from error
-            raise UsageError(f"{self} holds no tokenizer: {' '.join(str(error).split())[:200]}") from error
+            raise UsageError(f"{self} holds no tokenizer: {on_one_line(error)[:200]}") from error
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
         return tokenizer
@@ -238,5 +238,5 @@ def _download(model: str) -> Path:
             raise UsageError(
                 f"{model} is gated: accept its terms at {constants.ENDPOINT}/{model}, and log in (hf auth login, HF_TOKEN)"
             ) from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UsageError(f"no model folder {model}, and the Hub has none that can be reached: {reason}") from error

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, unknown
+from ..errors import UsageError, first_line, unknown
 from .demo import demo_text
 
 
@@ -142,7 +142,7 @@ def _column(path: str, split: str, source: str, *, column: str = "text", **optio
         else:
             rows = datasets.load_dataset(path, split=split, **options)
     except (OSError, ValueError, HTTPError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         if split == "file":
             raise UsageError(f"cannot read {source}: {reason}") from error
         flag = "--data FILE" if split == "test" else "--calibration FILE, to recover --data FILE"
@@ -197,9 +197,9 @@ def open_dataset(source: str, split: str, streaming: bool) -> Any:
         # datasets finds no first line to guess the columns from
         raise UsageError(f"dataset {source} holds no rows") from error
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise UsageError(f"cannot load split {split!r} of {source}: {_first_line(error)}") from error
+        raise UsageError(f"cannot load split {split!r} of {source}: {first_line(error)}") from error
     except (OSError, HfHubHTTPError) as error:
-        raise UsageError(f"cannot reach dataset {source} ({_first_line(error)}): give a file instead") from error
+        raise UsageError(f"cannot reach dataset {source} ({first_line(error)}): give a file instead") from error
 
 
 def _saved(dataset: Any, source: str, split: str) -> Any:
@@ -211,7 +211,3 @@ def _saved(dataset: Any, source: str, split: str) -> Any:
     if split not in dataset:
         raise UsageError(f"dataset {source} has no split {split!r}; it has: {', '.join(dataset)}")
     return dataset[split]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

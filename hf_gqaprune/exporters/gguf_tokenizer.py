@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import ModelFolder
-from ..errors import UsageError
+from ..errors import UsageError, on_one_line
 
 #: what the file says of a token
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -34,7 +34,7 @@ def copied_tokenizer(path: Path, vocabulary: int) -> dict[str, Any]:
     try:
         fields = GGUFReader(path).fields
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is not a GGUF file: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{path} is not a GGUF file: {on_one_line(error)}") from error
     keys = {name: field.contents() for name, field in fields.items() if name.startswith("tokenizer.")}
     tokens = keys.get(Keys.Tokenizer.LIST, [])
     if len(tokens) != vocabulary:

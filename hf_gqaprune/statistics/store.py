@@ -14,7 +14,7 @@ import torch
 
 from ..checkpoint import digest
 from ..data import Calibration, Source
-from ..errors import UsageError
+from ..errors import UsageError, on_one_line
 from ..linalg import mirror_
 from ..models import KINDS, OUTPUT_PROJECTION, LayerShape, ModelShape
 from ..utils import CPU, new_folder, save_tensors, to_host, write_json
@@ -177,7 +177,7 @@ def _damage_told(path: Path) -> Iterator[None]:
     except UsageError:
         raise
     except (OSError, SafetensorError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = on_one_line(error) or type(error).__name__
         raise UsageError(f"the statistics are damaged, {path}: {reason}: collect them again") from error
 
 

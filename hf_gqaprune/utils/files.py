@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from ..errors import UsageError, WorkError
+from ..errors import UsageError, WorkError, on_one_line
 
 if TYPE_CHECKING:
     import torch
@@ -231,7 +231,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
     try:
         save_file(tensors, path, metadata)
     except (OSError, SafetensorError) as error:
-        raise WorkError(f"cannot write {path}: {' '.join(str(error).split())}") from error
+        raise WorkError(f"cannot write {path}: {on_one_line(error)}") from error
 
 
 def _scratch(target: Path) -> Path:

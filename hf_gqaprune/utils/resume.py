@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, WorkError
+from ..errors import UsageError, WorkError, on_one_line
 from .files import exclusive_lock
 
 PROGRESS = "progress.json"
@@ -61,7 +61,7 @@ def resumable(working: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, WorkError) as error:
-        reason = " ".join(str(error).split())
+        reason = on_one_line(error)
         raise WorkError(f"{reason}; what was finished is in {working}: pass --resume to go on, or delete it") from error
 
 
