@@ -171,7 +171,7 @@ def recipes(args: argparse.Namespace) -> None:
 
 
 def env(args: argparse.Namespace) -> None:
-    """Versions for a bug report."""
+    """Print the versions that a bug report needs."""
     import platform
 
     import torch

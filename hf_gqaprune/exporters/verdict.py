@@ -49,7 +49,7 @@ def verdicts(shape: ModelShape, tensor_parallel: int = 1) -> tuple[Verdict, ...]
 
 
 def tensor_parallel_sizes(shape: ModelShape, most: int = 8, *, shared_kv: bool = True) -> tuple[int, ...]:
-    """Numbers of GPUs, up to `most`, that every layer can be split over evenly.
+    """Return the numbers of GPUs, up to `most`, that every layer can be split over evenly.
 
     With `shared_kv` several GPUs may hold the same KV head, as in vLLM.
     """
@@ -57,7 +57,7 @@ def tensor_parallel_sizes(shape: ModelShape, most: int = 8, *, shared_kv: bool =
 
 
 def layers_off_blocks(shape: ModelShape, block: int) -> list[int]:
-    """Layers in which the columns of o_proj or down_proj are no multiple of a quantization's block.
+    """List the layers in which the columns of o_proj or down_proj are no multiple of a quantization's block.
 
     llama.cpp's K-quants have blocks of 256 and fall back to larger types; Q8_0 and Q4_0 have 32 and fall back to F16.
     """
@@ -125,7 +125,7 @@ def _split(shape: ModelShape, tensor_parallel: int, verdict: Verdict, shared_kv:
 
 
 def _undivided(shape: ModelShape, size: int, shared_kv: bool) -> list[int]:
-    """Layers whose parts would be uneven."""
+    """List the layers whose parts would be uneven."""
 
     def uneven(layer: LayerShape) -> bool:
         whole = layer.kv_heads % size == 0 or (shared_kv and size % layer.kv_heads == 0)

@@ -33,7 +33,7 @@ class Workload:
         measured: the criterion, None where nothing is measured.
         refitted: whether `least_squares` is done.
         stored: bytes of a weight on disk; 0: as `itemsize`.
-        text: what drawing the windows takes, as `calibration.drawing` says.
+        text: what drawing the windows takes, as `sampling_bytes` estimates.
         gpu: whether layers are on a GPU.
     """
 
